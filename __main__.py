@@ -1,0 +1,5 @@
+"""``python -m rowscope``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,540 @@
+"""The command line: parse, call, print. What the commands do lives in the rooms; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from . import console
+from ._version import VERSION
+from .errors import InputError, unknown_name
+from .records import RunFolder, ScoreTable, Selection, read_json, read_yaml, write_json
+
+if TYPE_CHECKING:
+    from .models import LoadedModel
+
+PROGRAM = "rowscope"
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="See which rows of a network matter, then tune only those.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+finetune_app = typer.Typer(help="Train a selection of a model's weights.", no_args_is_help=True)
+app.add_typer(finetune_app, name="finetune")
+
+
+# ---------------------------------------------------------------------------------------------- shared options
+
+
+def _config_option(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the YAML's values the defaults of the command's options: flags still win."""
+    if path is not None:
+        names = {parameter.name: parameter for parameter in context.command.params}
+        values = read_yaml(path)
+        for name in values:
+            if name.replace("-", "_") not in names:
+                raise unknown_name(f"setting in {path}", name, [str(known).replace("_", "-") for known in names])
+        context.default_map = {name.replace("-", "_"): value for name, value in values.items()}
+    return path
+
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.", show_default=False)]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Hub id, file, folder, 'demo' or 'demo-text'; by default 'demo' where MODEL is 'demo'."),
+]
+Seed = Annotated[int, typer.Option(help="Governs everything random.")]
+Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the model computes in.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of option names and values; flags win.", is_eager=True, callback=_config_option),
+]
+CriterionName = Annotated[str, typer.Option(help="Name and settings, e.g. taylor or zo-taylor:passes=128.")]
+BudgetText = Annotated[
+    str, typer.Option(help="rank=K rows, columns or channels each; lora=R: what a LoRA of rank R costs.")
+]
+Scope = Annotated[
+    str, typer.Option(help="layer: rows or columns of each module; coupled: channels of coupled groups.")
+]
+Axis = Annotated[str, typer.Option(help="row or column, for --scope layer.")]
+Batches = Annotated[int, typer.Option(min=1, help="Calibration batches for scores.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples of a calibration batch.")]
+ScoreLength = Annotated[int, typer.Option(min=2, help="Tokens of a calibration example; longer ones are cut.")]
+
+
+def _data_source(data: str | None, model: str) -> str:
+    if data is None and model != "demo":
+        raise InputError("no data: name a file, a folder or a hub id with --data")
+    return data or "demo"
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def graph(
+    model: Model,
+    format: Annotated[str, typer.Option(help="table or json.")] = "table",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of printing (json).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the coupled groups: rows and columns that exist or vanish together."""
+    from . import models
+    from .graph import trace, write_groups
+
+    if format not in ("table", "json"):
+        raise unknown_name("format", format, ["table", "json"])
+    loaded = models.load(model)
+    groups = trace(loaded.model)
+    if out is not None:
+        write_groups(out, model, groups)
+        print(f"{len(groups)} coupled groups: {out}")
+    elif as_json or format == "json":
+        console.print_json({"model": model, "groups": [group.to_json() for group in groups]})
+    else:
+        console.print_groups(model, list(models.layers(loaded.model)), groups)
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Data = None,
+    criterion: CriterionName = "taylor",
+    axis: Annotated[str, typer.Option(help="row, column or both.")] = "both",
+    batches: Batches = 8,
+    batch_size: BatchSize = 8,
+    max_length: ScoreLength = 128,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("scores.safetensors"),
+    plot: Annotated[Path | None, typer.Option(help="Also draw the heatmap of the rows (.png or .svg).")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Score every row and column of the linear weights."""
+    from . import models, scoring
+
+    if axis not in ("row", "column", "both"):
+        raise unknown_name("axis", axis, ["row", "column", "both"])
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise InputError(f"--plot {plot}: name a .png or .svg file")
+    rule = scoring.criterion(criterion)
+    table = _score(
+        models.load(model, dtype=dtype, device=device),
+        rule,
+        _data_source(data, model) if rule.needs_data else "",
+        axes=("row", "column") if axis == "both" else (axis,),
+        batches=batches,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+    )
+    table.save(out)
+    if plot is not None:
+        from .analysis import figures
+
+        figures.save(figures.importance_heatmap(table, "column" if axis == "column" else "row"), plot)
+    console.print_scores(table, out, as_json)
+
+
+def _score(
+    loaded: LoadedModel,
+    rule: Any,
+    source: str,
+    *,
+    axes: tuple[str, ...] = ("row", "column"),
+    batches: int,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+) -> ScoreTable:
+    from . import data, scoring
+
+    sample = []
+    if rule.needs_data:
+        sample = data.calibration_batches(
+            data.load(source)["train"],
+            loaded.tokenizer,
+            batches=batches,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+        )
+    return scoring.score(loaded, rule, sample, data_source=source, axes=axes, seed=seed)
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Argument(help="A file that 'rowscope score' wrote.", show_default=False)],
+    budget: BudgetText = "lora=16",
+    scope: Scope = "layer",
+    axis: Axis = "row",
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors, or .yaml to edit.")] = Path(
+        "selection.safetensors"
+    ),
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Pick what to train from scores, under a budget."""
+    from . import models, scoring
+
+    amount = scoring.Budget.parse(budget)
+    if out.suffix not in (".safetensors", ".yaml", ".yml"):
+        raise InputError(f"--out {out}: name a .safetensors or .yaml file")
+    table = ScoreTable.load(scores)
+    loaded = models.load(table.provenance.model_source) if scope == "coupled" else None
+    selection = _select(table, amount, scope, axis, loaded)
+    selection.save(out)
+    console.print_selection(selection, out, as_json)
+
+
+def _select(table: ScoreTable, budget: Any, scope: str, axis: str, loaded: LoadedModel | None) -> Selection:
+    from . import scoring
+    from .graph import trace
+
+    if loaded is None or scope != "coupled":
+        return scoring.select(table, budget, scope=scope, axis=axis)
+    if loaded.fingerprint != table.provenance.model_fingerprint:
+        raise InputError(f"the scores are of another model than {loaded.source}: score it again")
+    return scoring.select(table, budget, scope=scope, groups=trace(loaded.model))
+
+
+@finetune_app.callback()
+def _finetune() -> None:
+    """Train a selection of a model's weights."""
+
+
+@finetune_app.command("rows")
+def finetune_rows(
+    model: Model,
+    data: Data = None,
+    selection: Annotated[
+        Path | None, typer.Option(help="What to train; without it rows are scored and selected.")
+    ] = None,
+    criterion: CriterionName = "taylor",
+    budget: BudgetText = "lora=16",
+    scope: Scope = "layer",
+    axis: Axis = "row",
+    batches: Batches = 8,
+    batch_size: BatchSize = 8,
+    score_length: ScoreLength = 128,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder; by default runs/rows-MODEL-N.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output-dir.")] = False,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps; -1: as many as the epochs need.")] = -1,
+    num_train_epochs: Annotated[float, typer.Option(min=0, help="Passes over the training data.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward pass.")] = 8,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a training example.")] = 1024,
+    activation_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute activations instead of keeping them.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Train selected rows and columns, everything else frozen; the result is a PEFT adapter in a run folder."""
+    from . import scoring
+
+    settings = {name: value for name, value in locals().items() if name in _RUN_SETTINGS}
+    settings["selection"] = str(selection) if selection else None
+    rule, amount = scoring.criterion(criterion), scoring.Budget.parse(budget)
+    source = _data_source(data, model)
+    if learning_rate <= 0:
+        raise InputError(f"--learning-rate {learning_rate} must be greater than 0")
+    if max_steps == 0 or max_steps < -1 or num_train_epochs == 0:
+        raise InputError("nothing to train: use --max-steps of at least 1, or -1 with --num-train-epochs above 0")
+    if output_dir is None and resume:
+        raise InputError("--resume needs --output-dir: name the run folder to continue")
+    chosen = Selection.load(selection) if selection is not None else None
+    run = RunFolder.create(output_dir, resume=resume) if output_dir else RunFolder.next_free("rows", model)
+    if resume and run.run.is_file() and read_json(run.run).get("status") == "finished":
+        return console.print_run(run, as_json)
+    run.keep_config(settings)
+    with run.recorded([PROGRAM, *sys.argv[1:]], method="rows", seed=seed, device=device) as record:
+        _train_rows(run, record, model, source, chosen, rule, amount, settings)
+    console.print_run(run, as_json)
+
+
+_RUN_SETTINGS = [
+    "model",
+    "data",
+    "selection",
+    "criterion",
+    "budget",
+    "scope",
+    "axis",
+    "batches",
+    "batch_size",
+    "score_length",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "activation_checkpointing",
+    "seed",
+    "device",
+    "dtype",
+]
+_TRAINING_SETTINGS = [
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "activation_checkpointing",
+    "seed",
+    "device",
+]
+
+
+def _train_rows(
+    run: RunFolder,
+    record: dict[str, Any],
+    model: str,
+    source: str,
+    selection: Selection | None,
+    rule: Any,
+    budget: Any,
+    settings: dict[str, Any],
+) -> None:
+    """Score, select and train, skipping what an earlier call already left in the run folder."""
+    from . import data, models
+    from .analysis.memory import MemoryCallback
+    from .finetune import RowsConfig, TrainingSettings, train
+
+    loaded = models.load(model, dtype=settings["dtype"], device=settings["device"])
+    splits = data.load(source)
+    started = time.perf_counter()
+    if selection is None and run.selection.is_file():
+        selection = Selection.load(run.selection)
+    if selection is None:
+        names = ("batches", "batch_size", "seed")
+        shape = {name: settings[name] for name in names} | {"max_length": settings["score_length"]}
+        table = _score(loaded, rule, source, **shape)
+        table.save(run.scores)
+        selection = _select(table, budget, settings["scope"], settings["axis"], loaded)
+    if selection.model_fingerprint and selection.model_fingerprint != loaded.fingerprint:
+        raise InputError(f"the selection is of another model than {model}: score and select again")
+    selection.save(run.selection)
+    record["timings"]["score"] = time.perf_counter() - started
+    record["model"] = {"source": model, "fingerprint": loaded.fingerprint}
+    record["data"] = {"source": source}
+    record["selection"] = selection.origin
+    result = train(
+        loaded.model,
+        loaded.tokenizer,
+        splits["train"],
+        splits.held_out(),
+        RowsConfig.from_selection(selection, base_model_name_or_path=model),
+        TrainingSettings(**{name: settings[name] for name in _TRAINING_SETTINGS}),
+        run,
+        resume=True,
+        callbacks=[MemoryCallback(run.memory)],
+    )
+    found = asdict(result)
+    record["timings"]["train"] = found.pop("seconds")
+    record["trainable_parameters"] = found.pop("trainable_parameters")
+    record["total_parameters"] = found.pop("total_parameters")
+    record["result"] = found
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    adapter: Annotated[Path | None, typer.Option(help="Run folder or adapter folder.")] = None,
+    data: Data = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated: perplexity, exact-match.")] = "perplexity",
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "test",
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default evaluation.json of the run folder.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model, and with --adapter the same model after tuning."""
+    from . import data as datasets
+    from . import models
+    from .analysis.evaluate import TASKS, UNITS
+    from .analysis.evaluate import evaluate as run_task
+
+    names = [name.strip() for name in tasks.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise unknown_name("task", name, TASKS)
+    source = _data_source(data, model)
+    folder = _adapter_folder(adapter) if adapter else None
+    rows = datasets.load(source)[split]
+    loaded = models.load(model, dtype=dtype, device=device)
+    started = time.perf_counter()
+    before = {name: run_task(name, loaded.model, loaded.tokenizer, rows, max_length=max_length) for name in names}
+    after = {}
+    if folder is not None:
+        from .finetune.adapters import load_adapter
+
+        adapted = load_adapter(loaded.model, folder)
+        after = {name: run_task(name, adapted, loaded.tokenizer, rows, max_length=max_length) for name in names}
+    results = [
+        {
+            "task": name,
+            "unit": UNITS[name],
+            "before": asdict(before[name]),
+            "after": asdict(after[name]) if after else None,
+        }
+        for name in names
+    ]
+    value = {
+        "model": model,
+        "data": source,
+        "split": split,
+        "seconds": time.perf_counter() - started,
+        "results": results,
+    }
+    if out is None and adapter is not None and (adapter / "run.json").is_file():
+        out = RunFolder(adapter).evaluation
+    if out is not None:
+        write_json(out, value)
+    console.print_evaluation(value, out, as_json)
+
+
+def _adapter_folder(path: Path) -> Path:
+    folder = path / "adapter" if (path / "run.json").is_file() else path
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{path} holds no adapter: name a finished run folder or an adapter folder")
+    return folder
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Run folders, scores, selections, memory files.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write; by default report.html in the first run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page about runs, scores and selections."""
+    from .analysis.report import render
+
+    if out is None:
+        out = RunFolder(paths[0]).report if paths[0].is_dir() else Path("report.html")
+    render(paths, out)
+    console.print_json({"report": str(out)}) if as_json else print(f"report: {out}")
+
+
+DEMO_ZERO_ORDER = "zo-taylor:passes=256"
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue, or show, the run in --output-dir.")] = False,
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
+    seed: Seed = 0,
+) -> None:
+    """Run the whole chain on the embedded model and data: graph, score, select, finetune, evaluate, report."""
+    run = RunFolder.create(output_dir, resume=resume)
+    zero_order = run.root / "scores-zo-taylor.safetensors"
+    steps: list[tuple[str, Path, Callable[[], None]]] = [
+        ("1/7 graph", run.graph, lambda: graph("demo", out=run.graph)),
+        ("2/7 score, exact gradients", run.scores, lambda: score("demo", out=run.scores, seed=seed)),
+        (
+            "3/7 score, forward passes only",
+            zero_order,
+            lambda: score("demo", criterion=DEMO_ZERO_ORDER, out=zero_order, seed=seed),
+        ),
+        (
+            "4/7 select coupled channels",
+            run.selection,
+            lambda: select(run.scores, scope="coupled", out=run.selection),
+        ),
+        (
+            "5/7 finetune the selection",
+            run.adapter,
+            lambda: finetune_rows(
+                "demo",
+                selection=run.selection,
+                output_dir=run.root,
+                resume=True,
+                max_steps=max_steps,
+                per_device_train_batch_size=16,
+                seed=seed,
+            ),
+        ),
+        (
+            "6/7 evaluate before and after",
+            run.evaluation,
+            lambda: evaluate("demo", adapter=run.root, tasks="exact-match,perplexity"),
+        ),
+        ("7/7 report", run.report, lambda: report([run.root])),
+    ]
+    for title, result, step in steps:
+        print(f"\n{title}")
+        if result.exists():
+            print(f"already there: {result}")
+        else:
+            step()
+    console.print_demo(run)
+
+
+# ---------------------------------------------------------------------------------------------- entry point
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"{PROGRAM} {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """See which rows of a network matter, then tune only those."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the input is wrong (one line), 1 a bug (traceback), 130 interrupted."""
+    try:
+        status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except InputError as error:
+        _fail(str(error))
+    except TyperException as error:
+        _fail(error.format_message())
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_SPACE:
+            raise
+        mend = "free some space" if error.errno in NO_SPACE else "check that the path exists and may be written"
+        _fail(f"{error.strerror or error} ({error.filename or 'output'}): {mend}")
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,154 @@
+"""What the commands print: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .records import AXES, RunFolder, ScoreTable, Selection, read_json
+
+if TYPE_CHECKING:
+    from .graph import CouplingGroup
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; the first column to the left, the others to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def print_groups(model: str, layers: Sequence[str], groups: Sequence[CouplingGroup]) -> None:
+    """Print coupled groups; those of identical blocks are folded into one line."""
+    folded: dict[tuple[str, str, int, str], int] = {}
+    for group in groups:
+        name = group.id
+        for layer in layers:
+            name = name.removeprefix(f"{layer}.")
+        axes = [f"{member.module.rsplit('.', 1)[-1]}.{member.axis}" for member in group.members]
+        shown = ", ".join(axes) if len(axes) <= 4 else f"{', '.join(axes[:2])}, ... {len(axes)} in all"
+        key = (name, group.kind, group.size, shown)
+        folded[key] = folded.get(key, 0) + 1
+    rows = [[name, kind, size, count, shown] for (name, kind, size, shown), count in folded.items()]
+    print_table(f"Coupled groups of {model}", ["group", "kind", "channels", "times", "members"], rows)
+
+
+def print_scores(table: ScoreTable, out: Path, as_json: bool) -> None:
+    """Print the modules of largest mean score, and a verdict where the scores are mostly noise."""
+    provenance = table.provenance
+    if as_json:
+        passes = {"forward_passes": provenance.forward_passes, "backward_passes": provenance.backward_passes}
+        return print_json(
+            {
+                "criterion": provenance.criterion,
+                "modules": len(table.scores),
+                **passes,
+                "signal_to_noise": provenance.signal_to_noise,
+                "scores": str(out),
+            }
+        )
+    axis = next(axis for axis in AXES if axis in next(iter(table.scores.values())))
+    means = sorted(((float(entry[axis].mean()), module) for module, entry in table.scores.items()), reverse=True)
+    rows = [[module, len(table.scores[module][axis]), f"{mean:.3g}"] for mean, module in means[:10]]
+    title = f"{provenance.criterion}: the {len(rows)} modules of largest mean {axis} score"
+    print_table(title, ["module", f"{axis}s", "mean score"], rows)
+    ratio = provenance.signal_to_noise
+    if ratio is not None and ratio < 1:
+        print(f"signal-to-noise {ratio:.2f}: this ranking is mostly weight magnitude; try --criterion taylor")
+    print(f"scores of {len(table.scores)} modules: {out}")
+
+
+def print_selection(selection: Selection, out: Path, as_json: bool) -> None:
+    """Print how many rows and columns of which modules are trained; alike modules of all blocks in one line."""
+    trained = selection.trainable_parameters()
+    if as_json:
+        modules = {
+            name: {axis: len(index) for axis, index in axes.items()} for name, axes in selection.indices.items()
+        }
+        return print_json(
+            {**selection.origin, "trainable_parameters": trained, "modules": modules, "selection": str(out)}
+        )
+    folded: dict[tuple[str, str, int], list[int]] = {}
+    for module, axes in selection.indices.items():
+        for axis, index in axes.items():
+            size = selection.shapes[module][AXES.index(axis)]
+            folded.setdefault((".".join(module.split(".")[-2:]), axis, size), []).append(len(index))
+    rows = []
+    for (name, axis, size), counts in folded.items():
+        least, most = min(counts), max(counts)
+        rows.append([name, axis, f"{least}" if least == most else f"{least} to {most}", size, len(counts)])
+    title = ", ".join(f"{key} {value}" for key, value in selection.origin.items())
+    print_table(title, ["module", "axis", "trained", "of", "layers"], rows)
+    print(f"{trained:,} trainable parameters: {out}")
+
+
+def print_run(run: RunFolder, as_json: bool) -> None:
+    """Print the result of a finished run."""
+    record = read_json(run.run)
+    result = record["result"]
+    if as_json:
+        return print_json({**record, "adapter": str(run.adapter)})
+    rows = [["steps", result["steps"]], _trainable(record), ["training loss, mean", f"{result['train_loss']:.4f}"]]
+    if result["validation_loss"] is not None:
+        rows.append(["held-out loss before", f"{result['validation_loss_before']:.4f}"])
+        rows.append([f"held-out loss at step {result['best_step']}", f"{result['validation_loss']:.4f}"])
+    print_table(f"finetune {record['method']} on {record['model']['source']}", ["", "value"], rows)
+    print(f"adapter: {run.adapter}")
+
+
+def _trainable(record: dict[str, Any]) -> list[str]:
+    trained, total = record["trainable_parameters"], record["total_parameters"]
+    return ["trainable parameters", f"{trained:,} ({trained / total:.1%})"]
+
+
+def _with_error(result: dict[str, Any] | None, unit: str) -> str:
+    if result is None:
+        return "-"
+    form = ".1%" if unit == "fraction" else ".3f"
+    return f"{result['value']:{form}} ± {result['standard_error']:{form}}"
+
+
+def _evaluation_rows(value: dict[str, Any]) -> list[list[str]]:
+    return [
+        [result["task"], _with_error(result["before"], result["unit"]), _with_error(result["after"], result["unit"])]
+        for result in value["results"]
+    ]
+
+
+def print_evaluation(value: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    """Print each task's result before and after tuning."""
+    if as_json:
+        return print_json({**value, "evaluation": str(out) if out else None})
+    samples = value["results"][0]["before"]["samples"]
+    title = f"{value['model']} on {value['data']} ({value['split']}, {samples} examples, ± standard error)"
+    print_table(title, ["task", "before", "after"], _evaluation_rows(value))
+    if out is not None:
+        print(f"evaluation: {out}")
+
+
+def print_demo(run: RunFolder) -> None:
+    """Print what the demo found, in one table."""
+    record = read_json(run.run)
+    rows = _evaluation_rows(read_json(run.evaluation))
+    result = record["result"]
+    rows.append(["held-out loss", f"{result['validation_loss_before']:.3f}", f"{result['validation_loss']:.3f}"])
+    rows.append([*_trainable(record)[:1], "", _trainable(record)[1]])
+    rows.append(["training time", "", f"{record['timings']['train']:.0f} s"])
+    print()
+    print_table("rowscope demo", ["", "before", "after"], rows)
+    print(f"report: {run.report}")

@@ -1,0 +1,102 @@
+"""The PEFT tuner that puts :class:`RowsLayer` in place of linear layers."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..records import AXES
+from .config import RowsConfig
+from .layer import Linear, RowsLayer, check_index
+
+SUPPORTED_LAYERS = (nn.Linear,)
+
+Value = TypeVar("Value")
+
+
+def _from_pattern(pattern: dict[str, Value], module: str, default: Value) -> Value:
+    """The entry for `module` by its exact name, else by the first suffix or regular expression that fits it."""
+    key = module if module in pattern else get_pattern_key(list(pattern), module)
+    return pattern.get(key, default)
+
+
+def _check_checkpoint(name: str, layer: RowsLayer, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Raise InputError unless the checkpoint holds a usable index and delta for this layer."""
+    for part in ("rows_index", "rows_delta"):
+        if f"{name}.{part}.{adapter_name}" not in state_dict:
+            raise InputError(f"adapter checkpoint: {part} of {name!r} is missing: save the adapter again")
+    size = (layer.out_features, layer.in_features)[AXES.index(layer.rows_axis[adapter_name])]
+    check_index(state_dict[f"{name}.rows_index.{adapter_name}"], size, f"adapter checkpoint: {name!r}")
+    if not bool(state_dict[f"{name}.rows_delta.{adapter_name}"].isfinite().all()):
+        raise InputError(f"adapter checkpoint: {name!r} holds NaN or infinite numbers: use an earlier checkpoint")
+
+
+class RowsModel(BaseTuner):
+    """A model of which some rows and columns are trained, per :class:`RowsConfig`. See ``peft.get_peft_model``."""
+
+    prefix = "rows_"
+    tuner_layer_cls = RowsLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _prepare_model(self, peft_config: RowsConfig, model: nn.Module) -> None:  # type: ignore[override]
+        names = {name for name, _ in model.named_modules()}
+        missing = [module for module in peft_config.indices or {} if module not in names]
+        if missing:
+            raise InputError(f"the model has no module {missing[0]!r}: use the model the selection was made on")
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        # PEFT matches suffixes, a selection names modules exactly.
+        indices = getattr(peft_config, "indices", None)
+        if indices is not None and key not in indices:
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: RowsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        arguments: dict[str, Any] = {
+            "axis": _from_pattern(peft_config.axis_pattern, current_key, peft_config.axis),
+            "num_rows": _from_pattern(peft_config.rows_pattern, current_key, peft_config.num_rows),
+            "index": (peft_config.indices or {}).get(current_key),
+            "init_weights": peft_config.init_weights,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, RowsLayer):
+            target.update_layer(adapter_name, **arguments)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        # Subclasses are refused too: quantised ones hold no plain weight, attention's never call forward.
+        if type(base_layer) not in SUPPORTED_LAYERS:
+            supported = ", ".join(f"torch.nn.{layer.__name__}" for layer in SUPPORTED_LAYERS)
+            raise InputError(
+                f"{current_key!r} is a {type(base_layer).__name__}, rows are trained only in {supported}: "
+                "leave it out of target_modules"
+            )
+        layer = Linear(target, adapter_name, **arguments)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT only warns of missing keys; with a wrong index the model would be silently wrong.
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, module in model.named_modules():
+            if isinstance(module, RowsLayer) and adapter_name in module.rows_delta:
+                _check_checkpoint(name, module, adapter_name, remapped)
+        return remapped

@@ -1,0 +1,82 @@
+"""TRL's trainer made quiet, and the callbacks that keep a run folder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTTrainer
+
+from ..errors import InputError
+from ..records import RunFolder
+
+
+class QuietTrainer(SFTTrainer):
+    """TRL's trainer that reports to no one and writes no model card."""
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar without the logs it prints between."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class RunLog(TrainerCallback):
+    """Writes ``log.jsonl``, has the best adapter saved when it is found, and stops a run that has diverged.
+
+    Args:
+        run: where the log goes.
+
+    Raises:
+        InputError: at the step whose loss or gradient is no longer finite, before anything of it is saved.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The loss is known where it is logged; no checkpoint is written before it has been looked at.
+        control.should_log |= control.should_evaluate or control.should_save
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        line = {name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(line[name] or 0.0):
+                raise InputError(
+                    f"training diverged: {name} is {line[name]} at step {state.global_step} "
+                    f"(learning rate {args.learning_rate:g}): lower the learning rate"
+                )
+        self.run.append_log({"step": state.global_step, **line, "active_layers": None})
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (metrics or {})["eval_loss"]
+        self.run.append_log({"step": state.global_step, "validation_loss": loss})
+        if state.best_metric is None or loss < state.best_metric:
+            control.should_save = True

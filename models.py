@@ -1,0 +1,192 @@
+"""Loading models: a hub id, a local folder, or ``demo``; and what every room needs to know of a loaded one."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("float32", "bfloat16", "float16")
+EDGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer and its identity.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for.
+        tokenizer: with a padding token.
+        source: what the user named: hub id, folder or ``demo``.
+        fingerprint: see :func:`fingerprint`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    fingerprint: str
+
+
+def resolve(source: str) -> Path:
+    """The local folder of a model: the embedded one for ``demo``, the folder itself, or the hub's snapshot.
+
+    Raises:
+        InputError: if there is no such model, or the folder holds no ``config.json`` or no safetensors.
+    """
+    if source == "demo":
+        from .demo import MODEL_FOLDER
+
+        return MODEL_FOLDER
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return _checked_folder(folder)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"model folder {source} does not exist: name a folder, a hub id or 'demo'")
+    return _checked_folder(_snapshot(source))
+
+
+def _snapshot(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except HFValidationError:
+        raise InputError(f"{source!r} is no model name: name a folder, a hub id or 'demo'") from None
+    except Exception as error:  # the hub's client raises many unrelated types: offline, gated, unknown, no connection
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"no model {source!r} here or on the hub ({reason}): name a folder or 'demo'") from None
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json: name a folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} holds no .safetensors weights: convert the checkpoint to safetensors first")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the name, shape, dtype, first and last 4 KiB of every tensor of a safetensors checkpoint."""
+    digest = hashlib.sha256()
+    tensors = sorted(entry for path in folder.glob("*.safetensors") for entry in _tensor_edges(path))
+    for name, description, edges in tensors:
+        digest.update(f"{name} {description}".encode())
+        digest.update(edges)
+    return digest.hexdigest()
+
+
+def _tensor_edges(path: Path) -> list[tuple[str, str, bytes]]:
+    """Name, ``dtype shape`` and edge bytes of each tensor, read from the file without mapping the whole of it."""
+    import json
+
+    entries = []
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, tensor in header.items():
+                start, stop = (8 + length + offset for offset in tensor["data_offsets"])
+                file.seek(start)
+                first = file.read(min(EDGE_BYTES, stop - start))
+                file.seek(max(start, stop - EDGE_BYTES))
+                last = file.read(min(EDGE_BYTES, stop - start))
+                if not len(first) == len(last) == min(EDGE_BYTES, stop - start):
+                    raise EOFError
+                entries.append((name, f"{tensor['dtype']} {tensor['shape']}", first + last))
+    except (struct.error, ValueError, KeyError, TypeError, MemoryError, EOFError):
+        raise InputError(f"{path} is truncated or no safetensors file: fetch or save it again") from None
+    return entries
+
+
+def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """Load a causal language model and its tokenizer, checked for NaN.
+
+    Args:
+        source: hub id, local folder or ``demo``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: as torch names it, e.g. ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: for anything wrong with the name, the folder, its files, or the device.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    checked_device(device)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = resolve(source)
+    identity = fingerprint(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source} does not load as a causal language model ({reason})") from None
+    model.config.name_or_path = source
+    check_finite(model, source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(model.eval().to(device), tokenizer, source, identity)
+
+
+def checked_device(device: str) -> str:
+    """`device` itself if torch can use it. Raises InputError if not."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"device {device!r} is not available here: use --device cpu") from None
+    return device
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Raise an InputError that names the first parameter with a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InputError(f"{source}: tensor {name} holds NaN or infinity: fetch or save the checkpoint again")
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder/encoder blocks by name, in order: the longest ModuleList whose members are of one class.
+
+    An empty mapping if the model has none.
+    """
+    from torch import nn
+
+    best: dict[str, nn.Module] = {}
+    outer = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or (outer is not None and name.startswith(f"{outer}.")):
+            continue
+        outer = name  # a list inside a list (experts inside a block) is no list of blocks
+        if len({type(child) for child in module}) == 1 and len(module) > len(best):
+            best = {f"{name}.{index}": child for index, child in enumerate(module)}
+    return best
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """All ``nn.Linear`` of the decoder/encoder blocks by name: what is scored and tuned unless told otherwise."""
+    from torch import nn
+
+    return {
+        f"{prefix}.{name}": module
+        for prefix, layer in layers(model).items()
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }

@@ -1,0 +1,469 @@
+"""Every file rowscope writes: the values, their formats, and the run folder they live in.
+
+All writes go to a temporary name beside the target and are renamed at the end, so that a reader sees the old file,
+the new file, or none. Formats are documented in ``docs/formats.md``; nothing else in rowscope reads or writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+AXES = ("row", "column")
+
+AxisTensors = dict[str, dict[str, "Tensor"]]
+"""``{module name: {"row" | "column": 1-D tensor}}``."""
+
+
+# ---------------------------------------------------------------------------------------------- primitives
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; rename it to `path` on success, delete it on any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        os.close(descriptor)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object atomically, with ``format_version`` first."""
+    write_text(path, json.dumps({"format_version": FORMAT_VERSION, **value}, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object written by :func:`write_json`.
+
+    Raises:
+        InputError: if the file is missing, is no JSON object, or has a newer format.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name a file that rowscope wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): write it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: name a file that rowscope wrote")
+    _check_version(path, value.get("format_version"))
+    return value
+
+
+def write_yaml(path: Path, value: dict[str, Any]) -> None:
+    """Write a YAML mapping atomically, keys in the order given."""
+    import yaml
+
+    write_text(path, yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises InputError if it is missing or no mapping."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend the file") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no mapping: write 'name: value' lines")
+    return value
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any]) -> None:
+    """Write tensors atomically as safetensors; `header` becomes the one JSON string ``rowscope`` of the metadata."""
+    import torch
+    from safetensors.torch import save_file
+
+    # safetensors refuses tensors that share memory
+    own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    metadata = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **header})
+    with atomic_path(path) as temporary:
+        save_file(own, temporary, {"rowscope": metadata})
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of :func:`write_tensors`: its tensors and its header.
+
+    Raises:
+        InputError: if the file is missing, truncated, or not of this `kind`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: name a {kind} file that rowscope wrote")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {}).get("rowscope", "{}"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error}): write it again") from None
+    if header.get("kind") != kind:
+        raise InputError(f"{path} holds {header.get('kind', 'no rowscope data')}, not {kind}: name a {kind} file")
+    _check_version(path, header.get("format_version"))
+    return tensors, header
+
+
+def _check_version(path: Path, version: object) -> None:
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise InputError(f"{path} has format {version}, newer than {FORMAT_VERSION}: upgrade rowscope")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    import platform
+    from importlib import metadata
+
+    packages = ("rowscope", "torch", "transformers", "peft", "trl", "torch-pruning", "safetensors")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where scores come from, and what they cost.
+
+    Attributes:
+        criterion: name and settings, spelled as on the command line, e.g. ``zo-taylor:passes=512``.
+        model_source: hub id, folder or ``demo``.
+        model_fingerprint: SHA-256 of the source checkpoint, see :func:`rowscope.models.fingerprint`.
+        data_source: dataset the batches came from; empty for criteria without data.
+        data_fingerprint: SHA-256 of the token ids and labels; empty for criteria without data.
+        seed: seed of the batches and of the criterion.
+        layers: names of the decoder/encoder blocks, in order.
+        shapes: module -> ``(out_features, in_features)``.
+        dtypes: module -> dtype of its weight, e.g. ``float32``.
+        forward_passes: forward passes of one batch.
+        backward_passes: backward passes of one batch.
+        signal_to_noise: norm of the estimated signal over the norm of its noise; None where the score is exact.
+    """
+
+    criterion: str
+    model_source: str
+    model_fingerprint: str
+    layers: list[str]
+    shapes: dict[str, tuple[int, int]]
+    dtypes: dict[str, str]
+    data_source: str = ""
+    data_fingerprint: str = ""
+    seed: int = 0
+    forward_passes: int = 0
+    backward_passes: int = 0
+    signal_to_noise: float | None = None
+
+
+def _flatten(prefix: str, table: AxisTensors) -> dict[str, Tensor]:
+    return {f"{prefix}{module}/{axis}": tensor for module, axes in table.items() for axis, tensor in axes.items()}
+
+
+def _unflatten(prefix: str, tensors: dict[str, Tensor]) -> AxisTensors:
+    table: AxisTensors = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            module, axis = name[len(prefix) :].rsplit("/", 1)
+            table.setdefault(module, {})[axis] = tensor
+    return table
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of the rows and columns of a model's linear weights.
+
+    Attributes:
+        scores: module -> axis -> 1-D float32, one non-negative score per row ``(out_features,)`` or column
+            ``(in_features,)``.
+        weight_norm: L2 norm of the same rows and columns, to ask what a score says beyond the weight's size.
+        provenance: where the scores come from.
+        halves: the same scores from two disjoint halves of the data or of the perturbations; empty if there are none.
+        noise: expected score of each row and column if there were no signal at all; empty where the score is exact.
+    """
+
+    scores: AxisTensors
+    weight_norm: AxisTensors
+    provenance: Provenance
+    halves: tuple[AxisTensors, AxisTensors] | tuple[()] = ()
+    noise: AxisTensors = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write ``scores.safetensors``."""
+        tensors = _flatten("scores/", self.scores) | _flatten("weight_norm/", self.weight_norm)
+        tensors |= _flatten("noise/", self.noise)
+        for letter, half in zip("ab", self.halves, strict=False):
+            tensors |= _flatten(f"halves/{letter}/", half)
+        write_tensors(path, tensors, "scores", asdict(self.provenance))
+
+    @classmethod
+    def load(cls, path: Path) -> ScoreTable:
+        """Read ``scores.safetensors``. Raises InputError if it is no such file."""
+        tensors, header = read_tensors(path, "scores")
+        fields = {name: header[name] for name in Provenance.__dataclass_fields__ if name in header}
+        try:
+            fields["shapes"] = {module: tuple(shape) for module, shape in fields["shapes"].items()}
+            provenance = Provenance(**fields)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} lacks {error} in its metadata: score again") from None
+        halves = tuple(_unflatten(f"halves/{letter}/", tensors) for letter in "ab")
+        return cls(
+            scores=_unflatten("scores/", tensors),
+            weight_norm=_unflatten("weight_norm/", tensors),
+            provenance=provenance,
+            halves=halves if all(halves) else (),  # type: ignore[arg-type]
+            noise=_unflatten("noise/", tensors),
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows and columns are trained.
+
+    Attributes:
+        indices: module -> axis -> sorted, unique 1-D int64. Modules by their names in the unwrapped model.
+        shapes: module -> ``(out_features, in_features)`` of every module in `indices`.
+        model_fingerprint: of the model the indices belong to.
+        origin: how the selection was made (criterion, budget, scope), for people.
+    """
+
+    indices: AxisTensors
+    shapes: dict[str, tuple[int, int]]
+    model_fingerprint: str = ""
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for module, axes in self.indices.items():
+            if module not in self.shapes:
+                raise InputError(f"selection: module {module!r} has indices but no shape: add it under 'shapes'")
+            for axis, index in axes.items():
+                if axis not in AXES:
+                    raise InputError(f"selection: {module!r} has axis {axis!r}: use 'row' or 'column'")
+                self._check_index(module, axis, index)
+
+    def _check_index(self, module: str, axis: str, index: Tensor) -> None:
+        size = self.shapes[module][AXES.index(axis)]
+        if index.ndim != 1 or index.dtype.is_floating_point or index.numel() == 0:
+            raise InputError(f"selection: {module!r} {axis} needs a non-empty list of whole numbers")
+        if int(index.min()) < 0 or int(index.max()) >= size:
+            raise InputError(f"selection: {module!r} {axis} has an index outside 0..{size - 1}")
+        if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
+            raise InputError(f"selection: {module!r} {axis} indices must be sorted and unique")
+
+    def trainable_parameters(self) -> int:
+        """How many weights are trained: a row costs ``in_features``, a column ``out_features``."""
+        return sum(
+            index.numel() * self.shapes[module][1 - AXES.index(axis)]
+            for module, axes in self.indices.items()
+            for axis, index in axes.items()
+        )
+
+    def save(self, path: Path) -> None:
+        """Write ``selection.safetensors``, or YAML for people if the name ends in ``.yaml`` or ``.yml``."""
+        header = {
+            "model_fingerprint": self.model_fingerprint,
+            "origin": self.origin,
+            "shapes": {module: list(shape) for module, shape in self.shapes.items()},
+        }
+        if path.suffix in (".yaml", ".yml"):
+            rows = {
+                module: {axis: index.tolist() for axis, index in axes.items()} for module, axes in self.indices.items()
+            }
+            write_yaml(path, {"format_version": FORMAT_VERSION, "kind": "selection", **header, "indices": rows})
+        else:
+            write_tensors(path, _flatten("", self.indices), "selection", header)
+
+    @classmethod
+    def load(cls, path: Path) -> Selection:
+        """Read a selection from safetensors or YAML. Raises InputError if it is no such file."""
+        import torch
+
+        if path.suffix in (".yaml", ".yml"):
+            header = read_yaml(path)
+            if header.get("kind") != "selection":
+                raise InputError(f"{path} is no selection ('kind: selection' is missing): name a selection file")
+            _check_version(path, header.get("format_version"))
+            try:
+                indices = {
+                    module: {axis: torch.tensor(values, dtype=torch.int64) for axis, values in axes.items()}
+                    for module, axes in header["indices"].items()
+                }
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(f"{path}: unreadable indices ({error}): write 'module: {{row: [0, 1]}}'") from None
+        else:
+            tensors, header = read_tensors(path, "selection")
+            indices = _unflatten("", tensors)
+        try:
+            shapes = {module: (int(shape[0]), int(shape[1])) for module, shape in header["shapes"].items()}
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"{path}: unreadable shapes ({error}): write 'module: [out_features, in_features]'"
+            ) from None
+        return cls(indices, shapes, str(header.get("model_fingerprint", "")), dict(header.get("origin") or {}))
+
+
+# ---------------------------------------------------------------------------------------------- the run folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything in a run folder (DESIGN: files); creating one refuses to touch an older run."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, root: Path, *, resume: bool = False) -> RunFolder:
+        """Make the folder. Raises InputError if it already holds something and `resume` is not asked for."""
+        if root.exists() and not root.is_dir():
+            raise InputError(f"{root} is a file: name a folder with --output-dir")
+        if root.is_dir() and any(root.iterdir()) and not resume:
+            raise InputError(f"{root} is not empty: add --resume to continue it, or name another --output-dir")
+        root.mkdir(parents=True, exist_ok=True)
+        return cls(root)
+
+    @classmethod
+    def next_free(cls, method: str, model: str, parent: Path = Path("runs")) -> RunFolder:
+        """Make ``runs/<method>-<model>-<n>`` with the smallest free n."""
+        stem = f"{method}-{Path(model).name}"
+        number = 1
+        while (parent / f"{stem}-{number}").exists():
+            number += 1
+        return cls.create(parent / f"{stem}-{number}")
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def graph(self) -> Path:
+        return self.root / "graph.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores.safetensors"
+
+    @property
+    def selection(self) -> Path:
+        return self.root / "selection.safetensors"
+
+    @property
+    def memory(self) -> Path:
+        return self.root / "memory.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def keep_config(self, settings: dict[str, Any]) -> None:
+        """Write config.yaml. Raises InputError if the run was started with other settings, which it lists."""
+        if self.config.is_file():
+            before = read_yaml(self.config)
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            if changed:
+                listed = ", ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
+                raise InputError(f"{self.root} was started otherwise ({listed}): use that, or another --output-dir")
+        write_yaml(self.config, settings)
+
+    @contextmanager
+    def recorded(self, command: list[str], *, method: str, seed: int, device: str) -> Iterator[dict[str, Any]]:
+        """Yield the content of run.json to be filled in; on disk its status is ``running`` until the end.
+
+        Then it is ``finished``, or ``interrupted`` if anything was raised.
+        """
+        record: dict[str, Any] = {
+            "status": "running",
+            "command": command,
+            "method": method,
+            "schedule": "none",
+            "base": "full",
+            "seed": seed,
+            "device": device,
+            "versions": versions(),
+            "timings": {},
+        }
+        write_json(self.run, record)
+        try:
+            yield record
+            record["status"] = "finished"
+        except BaseException:
+            record["status"] = "interrupted"
+            raise
+        finally:
+            write_json(self.run, record)
+
+    def score_tables(self) -> list[Path]:
+        """All score files of the run: the one that selected first, then ``scores-*.safetensors`` by name."""
+        first = [self.scores] if self.scores.is_file() else []
+        return first + sorted(self.root.glob("scores-*.safetensors"))
+
+    def append_log(self, line: dict[str, Any]) -> None:
+        """Append one JSON line to ``log.jsonl``."""
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Lines of ``log.jsonl``; a last line that was cut off by a crash is left out."""
+        lines = []
+        for text in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def rewind_log(self, step: int) -> None:
+        """Drop log lines after `step`, before a run resumes from its checkpoint at that step."""
+        kept = [line for line in self.read_log() if line.get("step", 0) <= step]
+        write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept))
