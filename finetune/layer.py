@@ -95,6 +95,8 @@ class RowsLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype: in bf16 that rounds a delta that was trained in fp32.
+        if adapter_name not in self.rows_delta:
+            return
         device = device or self.weight.device
         if self.rows_delta[adapter_name].device.type != "meta":
             self.rows_delta[adapter_name] = self.rows_delta[adapter_name].to(device)

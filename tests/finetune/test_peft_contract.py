@@ -153,6 +153,16 @@ def test_switching_and_deleting_adapters(make_model, selection):
     assert not any("default" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_a_second_adapter_on_other_modules(make_model, selection, tmp_path, low_cpu_mem_usage):
+    """An adapter loads beside one that trains other modules, and acts as if it were alone."""
+    expected = saved_adapter(make_model, selection, tmp_path)
+    model = get_peft_model(make_model(), RowsConfig(target_modules=["q_proj"], num_rows=2, init_weights=False))
+    model.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), expected)
+
+
 def test_conversion_to_lora_is_exact(make_model, selection):
     """PEFT's converter finds a LoRA of the same function: the rank suffices for every module."""
     model = randomise(get_peft_model(make_model(), RowsConfig.from_selection(selection, task_type="CAUSAL_LM")))

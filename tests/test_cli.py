@@ -1,0 +1,261 @@
+"""The command line: every command works on the demo, and wrong input gets one line and exit status 2."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rowscope import ScoreTable, Selection, cli
+from rowscope.graph import read_groups
+from rowscope.records import RunFolder, read_json, read_yaml
+
+FAST = ["--score-batches", "2", "--score-batch-size", "2", "--score-tokens", "48"]
+TRAIN = [*FAST, "--max-steps", "4", "--per-device-train-batch-size", "2", "--eval-steps", "4", "--save-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(list(arguments))
+    return exit_.value.code
+
+
+def run_ok(capsys, *arguments: str) -> dict:
+    """Run with --json and return what was printed."""
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def run_bad(capsys, *arguments: str) -> str:
+    """Run and return the one line of the refusal."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+def small_data(folder, splits=("train", "validation", "test"), examples=6):
+    for split in splits:
+        path = folder / "data" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = [{"prompt": f"{split} {n}?\n", "completion": f"{n}+1\n#### {n + 1}"} for n in range(examples)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder / "data")
+
+
+def test_the_chain_by_commands(capsys, tmp_path):
+    """Guards the joints: graph, score, select, finetune, evaluate and report take each other's files."""
+    data = small_data(tmp_path)
+    assert run("graph", "demo", "--out", "graph.json") == 0
+    assert len(read_groups(tmp_path / "graph.json")) == 1 + 3 * 8
+    summary = run_ok(capsys, "score", "demo", "--data", data, *FAST, "--plot", "map.png", "--out", "s.safetensors")
+    assert summary["backward_passes"] == 2
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    assert ScoreTable.load(tmp_path / "s.safetensors").provenance.data_source == data
+    picked = run_ok(capsys, "select", "s.safetensors", "--budget", "lora=2", "--scope", "coupled", "--out", "s.yaml")
+    selection = Selection.load(tmp_path / "s.yaml")
+    assert picked["trainable_parameters"] == selection.trainable_parameters() > 0
+    tuned = run_ok(capsys, "finetune", "rows", "demo", "--data", data, "--selection", "s.yaml", *TRAIN)
+    folder = RunFolder(tmp_path / "runs" / "rows-demo-1")
+    assert tuned["trainable_parameters"] == selection.trainable_parameters()
+    assert read_json(folder.run)["status"] == "finished"
+    assert read_json(folder.memory)["components"]["adapter"] == 4 * selection.trainable_parameters()
+    found = run_ok(
+        capsys, "evaluate", "demo", "--data", data, "--adapter", str(folder.root), "--tasks", "perplexity,exact-match"
+    )
+    before, after = (found["results"][0][side]["value"] for side in ("before", "after"))
+    assert after < before
+    assert read_json(folder.evaluation)["results"] == found["results"]
+    assert run("report", str(folder.root)) == 0
+    assert "<html" in folder.report.read_text()
+
+
+def test_finetune_scores_and_selects_by_itself(capsys, tmp_path):
+    """Guards the one-command way; and --resume of a finished run prints its result again."""
+    arguments = ["finetune", "rows", "demo", "--data", small_data(tmp_path), *TRAIN, "--output-dir", "a"]
+    first = run_ok(capsys, *arguments, "--budget", "rank=2", "--axis", "column")
+    folder = RunFolder(tmp_path / "a")
+    chosen = Selection.load(folder.selection)
+    assert {axis for axes in chosen.indices.values() for axis in axes} == {"column"}
+    assert ScoreTable.load(folder.scores).provenance.criterion == "taylor"
+    again = run_ok(capsys, *arguments, "--budget", "rank=2", "--axis", "column", "--resume")
+    assert again == first
+    assert "add --resume" in run_bad(capsys, *arguments)
+
+
+def test_an_interrupted_run_resumes_to_the_same_adapter(capsys, tmp_path, monkeypatch):
+    """Guards Ctrl-C: exit 130, a readable run folder, and after --resume the adapter of a straight run, bit for bit."""
+    from rowscope.analysis.memory import MemoryCallback
+
+    data = small_data(tmp_path)
+    arguments = ["finetune", "rows", "demo", "--data", data, *TRAIN]
+    assert run(*arguments, "--output-dir", "straight") == 0
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryCallback, "on_step_end", interrupt)
+        assert run(*arguments, "--output-dir", "torn") == 130
+    torn = RunFolder(tmp_path / "torn")
+    assert read_json(torn.run)["status"] == "interrupted"
+    assert "started otherwise (seed was 0, is 1)" in run_bad(
+        capsys, *arguments, "--output-dir", "torn", "--resume", "--seed", "1"
+    )
+    assert run_ok(capsys, *arguments, "--output-dir", "torn", "--resume")["result"]["resumed_from"] == 2
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("straight", "torn")]
+    assert adapters[0] == adapters[1]
+
+
+def test_resume_of_nothing_starts_afresh(capsys, tmp_path):
+    """Guards --resume in scripts: with nothing there yet it starts, and says so."""
+    arguments = ["finetune", "rows", "demo", "--data", small_data(tmp_path), *TRAIN, "--output-dir", "new", "--resume"]
+    assert run(*arguments) == 0
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
+    """Guards --config: the YAML's names are the flags', a flag overrides, an unknown name is refused; a run's own works."""
+    data = small_data(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"data: {data}\nbudget: rank=3\nmax-steps: 2\nscore_batches: 1\nscope: layer\n")
+    arguments = ["finetune", "rows", "demo", "--config", "c.yaml", "--max-steps", "3", "--score-batch-size", "2"]
+    assert run_ok(capsys, *arguments, "--output-dir", "a")["result"]["steps"] == 3
+    kept = read_yaml(tmp_path / "a" / "config.yaml")
+    assert (kept["budget"], kept["max_steps"], kept["score_batches"]) == ("rank=3", 3, 1)
+    again = ["finetune", "rows", "demo", "--config", "a/config.yaml", "--output-dir", "b"]
+    assert run_ok(capsys, *again)["result"]["steps"] == 3
+    first, second = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    (tmp_path / "bad.yaml").write_text("bugdet: rank=3\n")
+    line = run_bad(capsys, "finetune", "rows", "demo", "--config", "bad.yaml")
+    assert "did you mean 'budget'" in line
+
+
+def test_scores_of_one_seed_are_equal(tmp_path):
+    """Guards determinism of the files: the same command writes the same bytes."""
+    for name in ("a", "b"):
+        assert run("score", "demo", "--criterion", "zo-taylor:passes=4", *FAST, "--out", f"{name}.safetensors") == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("scor demo", "Did you mean 'score'"),
+        ("score", "Missing argument 'MODEL'"),
+        ("score demo --critreion taylor", "--criterion"),
+        ("score demo --criterion tailor", "did you mean 'taylor'"),
+        ("score demo --seed x", "--seed"),
+        ("score demo --axis diagonal", "unknown axis"),
+        ("score demo --plot x.gif", "name a .png or .svg file"),
+        ("score ./nowhere", "does not exist"),
+        ("score .", "no config.json"),
+        ("score demo --data nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("score demo --data broken.jsonl", "broken.jsonl line 1 is not a JSON object"),
+        ("score demo --score-batches 0", "score_batches=0"),
+        ("score demo --device tpu", "device 'tpu'"),
+        ("score demo --dtype int3", "unknown dtype"),
+        ("score demo --config nowhere.yaml", "nowhere.yaml does not exist"),
+        ("graph demo --format gif", "unknown format"),
+        ("select nowhere.safetensors", "does not exist"),
+        ("select broken.jsonl", "not a readable safetensors file"),
+        ("select x.safetensors --out x.txt", "name a .safetensors or .yaml file"),
+        ("select x.safetensors --budget rank=0", "trains nothing"),
+        ("finetune rwos demo", "Did you mean 'rows'"),
+        ("finetune rows demo --budget rank=0", "trains nothing"),
+        ("finetune rows demo --learning-rate 0", "learning_rate=0"),
+        ("finetune rows demo --max-steps 0", "max_steps=0"),
+        ("finetune rows demo --resume", "--output-dir"),
+        ("finetune rows demo --output-dir broken.jsonl", "is a file"),
+        ("evaluate demo --tasks perplexty", "did you mean 'perplexity'"),
+        ("evaluate demo --split tset", "has no split"),
+        ("evaluate demo --data demo-text --tasks exact-match", "exact-match needs"),
+        ("evaluate demo --adapter nowhere", "holds no adapter"),
+        ("report nowhere", "nowhere"),
+    ],
+)
+def test_bad_input(capsys, tmp_path, arguments, message):
+    """Guards the refusals: one line, what and where and the mend, exit 2, nothing written."""
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    line = run_bad(capsys, *arguments.split())
+    assert message in line, line
+    assert sorted(os.listdir(tmp_path)) == ["broken.jsonl"]
+
+
+def test_data_is_needed_for_other_models(capsys, demo):
+    """Guards the default: only the demo model comes with data."""
+    from rowscope.demo import MODEL_FOLDER
+
+    assert "--data" in run_bad(capsys, "score", str(MODEL_FOLDER))
+
+
+def test_a_selection_of_another_model_is_refused(capsys, tmp_path, demo):
+    """Guards indices: those of another checkpoint do not train this one, and no run folder says otherwise."""
+    name = "model.layers.0.mlp.up_proj"
+    Selection({name: {"row": torch.tensor([0])}}, {name: (512, 192)}, "0" * 64).save(tmp_path / "s.yaml")
+    assert "of another model" in run_bad(capsys, "finetune", "rows", "demo", "--selection", "s.yaml", *TRAIN)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs a folder that refuses writing")
+def test_unwritable_output(capsys):
+    """Guards --out in a place where nothing can be written, before anything is half there."""
+    assert "/proc" in run_bad(capsys, "score", "demo", "--criterion", "magnitude", "--out", "/proc/nowhere/s.safetensors")
+
+
+def test_a_full_disk(tmp_path):
+    """Guards a full disk: one line, exit 2, no half-written file, no temporary one."""
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    command = [sys.executable, "-B", "-m", "rowscope", "score", "demo", "--criterion", "magnitude"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files)  # noqa: PLW1509
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "free some space" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_signal_interrupts(tmp_path):
+    """Guards Ctrl-C from outside: exit 130, one word, and a run folder that says interrupted."""
+    command = [sys.executable, "-m", "rowscope", "finetune", "rows", "demo", "--output-dir", "a", *FAST]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "a" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert read_json(tmp_path / "a" / "run.json")["status"] == "interrupted"
+
+
+def test_help_imports_nothing_heavy():
+    """Guards the start-up time: neither help nor the package's import load torch, transformers or matplotlib."""
+    code = (
+        "import sys, rowscope, rowscope.cli as c\n"
+        "try: c.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'scipy', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert "finetune" in done.stdout
