@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +17,13 @@ from typer.exceptions import TyperException
 from . import console
 from ._version import VERSION
 from .errors import InputError, unknown_name
-from .records import RunFolder, ScoreTable, Selection, read_json, read_yaml, write_json
+from .options import command
+from .records import AXES, RunFolder, ScoreTable, Selection, read_json, read_yaml, write_json
+from .settings import CalibrationSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from .models import LoadedModel
+    from .scoring import Budget, Criterion
 
 PROGRAM = "rowscope"
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -50,7 +54,7 @@ def _config_option(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'demo'.", show_default=False)]
 Data = Annotated[
     str | None,
     typer.Option(help="Hub id, file, folder, 'demo' or 'demo-text'; by default 'demo' where MODEL is 'demo'."),
@@ -71,9 +75,6 @@ Scope = Annotated[
     str, typer.Option(help="layer: rows or columns of each module; coupled: channels of coupled groups.")
 ]
 Axis = Annotated[str, typer.Option(help="row or column, for --scope layer.")]
-Batches = Annotated[int, typer.Option(min=1, help="Calibration batches for scores.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples of a calibration batch.")]
-ScoreLength = Annotated[int, typer.Option(min=2, help="Tokens of a calibration example; longer ones are cut.")]
 
 
 def _data_source(data: str | None, model: str) -> str:
@@ -85,7 +86,7 @@ def _data_source(data: str | None, model: str) -> str:
 # ---------------------------------------------------------------------------------------------- commands
 
 
-@app.command()
+@command(app)
 def graph(
     model: Model,
     format: Annotated[str, typer.Option(help="table or json.")] = "table",
@@ -109,17 +110,15 @@ def graph(
         console.print_groups(model, list(models.layers(loaded.model)), groups)
 
 
-@app.command()
+@command(app)
 def score(
     model: Model,
     data: Data = None,
     criterion: CriterionName = "taylor",
     axis: Annotated[str, typer.Option(help="row, column or both.")] = "both",
-    batches: Batches = 8,
-    batch_size: BatchSize = 8,
-    max_length: ScoreLength = 128,
+    calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("scores.safetensors"),
-    plot: Annotated[Path | None, typer.Option(help="Also draw the heatmap of the rows (.png or .svg).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the heatmap (.png or .svg).")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -129,58 +128,44 @@ def score(
     """Score every row and column of the linear weights."""
     from . import models, scoring
 
-    if axis not in ("row", "column", "both"):
-        raise unknown_name("axis", axis, ["row", "column", "both"])
+    if axis not in (*AXES, "both"):
+        raise unknown_name("axis", axis, (*AXES, "both"))
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise InputError(f"--plot {plot}: name a .png or .svg file")
     rule = scoring.criterion(criterion)
-    table = _score(
-        models.load(model, dtype=dtype, device=device),
-        rule,
-        _data_source(data, model) if rule.needs_data else "",
-        axes=("row", "column") if axis == "both" else (axis,),
-        batches=batches,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-    )
+    source = _data_source(data, model) if rule.needs_data else ""
+    loaded = models.load(model, dtype=dtype, device=device)
+    axes = AXES if axis == "both" else (axis,)
+    table = _score(loaded, rule, source, calibration, seed, axes)
     table.save(out)
     if plot is not None:
         from .analysis import figures
 
-        figures.save(figures.importance_heatmap(table, "column" if axis == "column" else "row"), plot)
+        figures.save(figures.importance_heatmap(table, axes[0]), plot)
     console.print_scores(table, out, as_json)
 
 
 def _score(
     loaded: LoadedModel,
-    rule: Any,
+    rule: Criterion,
     source: str,
-    *,
-    axes: tuple[str, ...] = ("row", "column"),
-    batches: int,
-    batch_size: int,
-    max_length: int,
+    calibration: CalibrationSettings,
     seed: int,
+    axes: tuple[str, ...] = AXES,
 ) -> ScoreTable:
     from . import data, scoring
 
     sample = []
     if rule.needs_data:
-        sample = data.calibration_batches(
-            data.load(source)["train"],
-            loaded.tokenizer,
-            batches=batches,
-            batch_size=batch_size,
-            max_length=max_length,
-            seed=seed,
-        )
+        sample = data.calibration_batches(data.load(source)["train"], loaded.tokenizer, calibration, seed)
     return scoring.score(loaded, rule, sample, data_source=source, axes=axes, seed=seed)
 
 
-@app.command()
+@command(app)
 def select(
-    scores: Annotated[Path, typer.Argument(help="A file that 'rowscope score' wrote.", show_default=False)],
+    scores: Annotated[
+        Path, typer.Argument(metavar="SCORES", help="A file that 'rowscope score' wrote.", show_default=False)
+    ],
     budget: BudgetText = "lora=16",
     scope: Scope = "layer",
     axis: Axis = "row",
@@ -203,7 +188,7 @@ def select(
     console.print_selection(selection, out, as_json)
 
 
-def _select(table: ScoreTable, budget: Any, scope: str, axis: str, loaded: LoadedModel | None) -> Selection:
+def _select(table: ScoreTable, budget: Budget, scope: str, axis: str, loaded: LoadedModel | None) -> Selection:
     from . import scoring
     from .graph import trace
 
@@ -219,7 +204,7 @@ def _finetune() -> None:
     """Train a selection of a model's weights."""
 
 
-@finetune_app.command("rows")
+@command(finetune_app, "rows")
 def finetune_rows(
     model: Model,
     data: Data = None,
@@ -230,136 +215,104 @@ def finetune_rows(
     budget: BudgetText = "lora=16",
     scope: Scope = "layer",
     axis: Axis = "row",
-    batches: Batches = 8,
-    batch_size: BatchSize = 8,
-    score_length: ScoreLength = 128,
+    calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
+    training: TrainingSettings = TrainingSettings(),  # noqa: B008 (frozen)
+    dtype: Dtype = "float32",
     output_dir: Annotated[Path | None, typer.Option(help="Run folder; by default runs/rows-MODEL-N.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output-dir.")] = False,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps; -1: as many as the epochs need.")] = -1,
-    num_train_epochs: Annotated[float, typer.Option(min=0, help="Passes over the training data.")] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
-    per_device_train_batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward pass.")] = 8,
-    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a training example.")] = 1024,
-    activation_checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations instead of keeping them.")
-    ] = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
     """Train selected rows and columns, everything else frozen; the result is a PEFT adapter in a run folder."""
     from . import scoring
 
-    settings = {name: value for name, value in locals().items() if name in _RUN_SETTINGS}
-    settings["selection"] = str(selection) if selection else None
+    if resume and output_dir is None:
+        raise InputError("--resume needs --output-dir: name the run folder to continue")
     rule, amount = scoring.criterion(criterion), scoring.Budget.parse(budget)
     source = _data_source(data, model)
-    if learning_rate <= 0:
-        raise InputError(f"--learning-rate {learning_rate} must be greater than 0")
-    if max_steps == 0 or max_steps < -1 or num_train_epochs == 0:
-        raise InputError("nothing to train: use --max-steps of at least 1, or -1 with --num-train-epochs above 0")
-    if output_dir is None and resume:
-        raise InputError("--resume needs --output-dir: name the run folder to continue")
-    chosen = Selection.load(selection) if selection is not None else None
+    given = Selection.load(selection) if selection is not None else None
+    what = {"model": model, "data": source, "selection": str(selection) if selection else None}
+    how = {"criterion": criterion, "budget": budget, "scope": scope, "axis": axis, "dtype": dtype}
     run = RunFolder.create(output_dir, resume=resume) if output_dir else RunFolder.next_free("rows", model)
     if resume and run.run.is_file() and read_json(run.run).get("status") == "finished":
         return console.print_run(run, as_json)
-    run.keep_config(settings)
-    with run.recorded([PROGRAM, *sys.argv[1:]], method="rows", seed=seed, device=device) as record:
-        _train_rows(run, record, model, source, chosen, rule, amount, settings)
+    if resume and not run.run.is_file():
+        print(f"nothing to resume in {run.root}: starting afresh", file=sys.stderr)
+    run.keep_config(what | how | asdict(calibration) | asdict(training))
+    with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
+        loaded = _load_recorded(record, model, dtype, training.device)
+        started = time.perf_counter()
+        if given is None:
+            given = _own_selection(run, loaded, rule, source, calibration, amount, scope, axis, training.seed)
+        if given.model_fingerprint and given.model_fingerprint != loaded.fingerprint:
+            raise InputError(f"the selection is of another model than {model}: score and select again")
+        given.save(run.selection)
+        record["timings"]["score"] = time.perf_counter() - started
+        record["selection"] = given.origin
+        _train_rows(run, record, loaded, source, given, training)
     console.print_run(run, as_json)
 
 
-_RUN_SETTINGS = [
-    "model",
-    "data",
-    "selection",
-    "criterion",
-    "budget",
-    "scope",
-    "axis",
-    "batches",
-    "batch_size",
-    "score_length",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "activation_checkpointing",
-    "seed",
-    "device",
-    "dtype",
-]
-_TRAINING_SETTINGS = [
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "activation_checkpointing",
-    "seed",
-    "device",
-]
+def _load_recorded(record: dict[str, Any], model: str, dtype: str, device: str) -> LoadedModel:
+    from . import models
+
+    loaded = models.load(model, dtype=dtype, device=device)
+    record["model"] = {"source": model, "fingerprint": loaded.fingerprint}
+    return loaded
+
+
+def _own_selection(
+    run: RunFolder,
+    loaded: LoadedModel,
+    rule: Criterion,
+    source: str,
+    calibration: CalibrationSettings,
+    budget: Budget,
+    scope: str,
+    axis: str,
+    seed: int,
+) -> Selection:
+    """Score and select, or take what an interrupted run has already selected."""
+    if run.selection.is_file():
+        return Selection.load(run.selection)
+    table = _score(loaded, rule, source, calibration, seed)
+    table.save(run.scores)
+    return _select(table, budget, scope, axis, loaded)
 
 
 def _train_rows(
     run: RunFolder,
     record: dict[str, Any],
-    model: str,
+    loaded: LoadedModel,
     source: str,
-    selection: Selection | None,
-    rule: Any,
-    budget: Any,
-    settings: dict[str, Any],
+    selection: Selection,
+    training: TrainingSettings,
 ) -> None:
-    """Score, select and train, skipping what an earlier call already left in the run folder."""
-    from . import data, models
+    from . import data
     from .analysis.memory import MemoryCallback
-    from .finetune import RowsConfig, TrainingSettings, train
+    from .finetune import RowsConfig, train
 
-    loaded = models.load(model, dtype=settings["dtype"], device=settings["device"])
     splits = data.load(source)
-    started = time.perf_counter()
-    if selection is None and run.selection.is_file():
-        selection = Selection.load(run.selection)
-    if selection is None:
-        names = ("batches", "batch_size", "seed")
-        shape = {name: settings[name] for name in names} | {"max_length": settings["score_length"]}
-        table = _score(loaded, rule, source, **shape)
-        table.save(run.scores)
-        selection = _select(table, budget, settings["scope"], settings["axis"], loaded)
-    if selection.model_fingerprint and selection.model_fingerprint != loaded.fingerprint:
-        raise InputError(f"the selection is of another model than {model}: score and select again")
-    selection.save(run.selection)
-    record["timings"]["score"] = time.perf_counter() - started
-    record["model"] = {"source": model, "fingerprint": loaded.fingerprint}
     record["data"] = {"source": source}
-    record["selection"] = selection.origin
     result = train(
         loaded.model,
         loaded.tokenizer,
         splits["train"],
         splits.held_out(),
-        RowsConfig.from_selection(selection, base_model_name_or_path=model),
-        TrainingSettings(**{name: settings[name] for name in _TRAINING_SETTINGS}),
+        RowsConfig.from_selection(selection, base_model_name_or_path=loaded.source),
+        training,
         run,
         resume=True,
         callbacks=[MemoryCallback(run.memory)],
     )
     found = asdict(result)
     record["timings"]["train"] = found.pop("seconds")
-    record["trainable_parameters"] = found.pop("trainable_parameters")
-    record["total_parameters"] = found.pop("total_parameters")
+    for name in ("trainable_parameters", "total_parameters"):
+        record[name] = found.pop(name)
     record["result"] = found
 
 
-@app.command()
+@command(app)
 def evaluate(
     model: Model,
     adapter: Annotated[Path | None, typer.Option(help="Run folder or adapter folder.")] = None,
@@ -392,7 +345,7 @@ def evaluate(
     before = {name: run_task(name, loaded.model, loaded.tokenizer, rows, max_length=max_length) for name in names}
     after = {}
     if folder is not None:
-        from .finetune.adapters import load_adapter
+        from .finetune import load_adapter
 
         adapted = load_adapter(loaded.model, folder)
         after = {name: run_task(name, adapted, loaded.tokenizer, rows, max_length=max_length) for name in names}
@@ -426,10 +379,11 @@ def _adapter_folder(path: Path) -> Path:
     return folder
 
 
-@app.command()
+@command(app)
 def report(
     paths: Annotated[
-        list[Path], typer.Argument(help="Run folders, scores, selections, memory files.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Run folders, scores, selections, memory files.", show_default=False),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write; by default report.html in the first run.")] = None,
     as_json: AsJson = False,
@@ -446,7 +400,7 @@ def report(
 DEMO_ZERO_ORDER = "zo-taylor:passes=256"
 
 
-@app.command()
+@command(app)
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue, or show, the run in --output-dir.")] = False,
@@ -477,9 +431,7 @@ def demo(
                 selection=run.selection,
                 output_dir=run.root,
                 resume=True,
-                max_steps=max_steps,
-                per_device_train_batch_size=16,
-                seed=seed,
+                training=TrainingSettings(max_steps=max_steps, per_device_train_batch_size=16, seed=seed),
             ),
         ),
         (
@@ -518,13 +470,20 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the input is wrong (one line), 1 a bug (traceback), 130 interrupted."""
+    # bitsandbytes, which PEFT imports, warns of a missing accelerator of its own at every start
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except InputError as error:
         _fail(str(error))
     except TyperException as error:
-        _fail(error.format_message())
+        message = error.format_message()
+        if message.startswith("Usage:"):  # a group of commands was named without a command: this is its help
+            print(message, file=sys.stderr)
+            sys.exit(2)
+        context = getattr(error, "ctx", None)
+        _fail(f"{message.rstrip('.')}; see {context.command_path if context else PROGRAM} --help")
     except OSError as error:
         if error.filename is None and error.errno not in NO_SPACE:
             raise

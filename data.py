@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .settings import CalibrationSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 FORMATS: dict[str, str] = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 IGNORED_LABEL = -100
+DEFAULT_CALIBRATION = CalibrationSettings()
 
 Batch = dict[str, "Tensor"]
 """``input_ids``, ``attention_mask`` and ``labels``, each int64 ``(batch, tokens)``; padding has mask 0, label -100."""
@@ -169,10 +171,7 @@ def collate(examples: list[dict[str, list[int]]], pad_token_id: int) -> Batch:
 def calibration_batches(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    batches: int = 8,
-    batch_size: int = 8,
-    max_length: int = 128,
+    settings: CalibrationSettings = DEFAULT_CALIBRATION,
     seed: int = 0,
 ) -> list[Batch]:
     """The batches that criteria see: a seeded sample of `rows`, the same for every criterion at one seed.
@@ -182,15 +181,16 @@ def calibration_batches(
     Raises:
         InputError: if an example batch has no token to learn from (every label masked).
     """
-    sample = rows.shuffle(seed=seed, keep_in_memory=True).select(range(min(len(rows), batches * batch_size)))
-    tokenised = [tokenise(example, tokenizer, max_length) for example in sample]
+    size = settings.score_batch_size
+    sample = rows.shuffle(seed=seed, keep_in_memory=True).select(range(min(len(rows), settings.score_batches * size)))
+    tokenised = [tokenise(example, tokenizer, settings.score_tokens) for example in sample]
     result = [
-        collate(tokenised[start : start + batch_size], tokenizer.pad_token_id)
-        for start in range(0, len(tokenised), batch_size)
+        collate(tokenised[start : start + size], tokenizer.pad_token_id) for start in range(0, len(tokenised), size)
     ]
     for number, batch in enumerate(result):
         if not bool((batch["labels"][:, 1:] != IGNORED_LABEL).any()):
-            raise InputError(f"batch {number} has no token to learn from within {max_length}: raise the max length")
+            within = settings.score_tokens
+            raise InputError(f"batch {number} has no token to learn from within {within}: raise --score-tokens")
     return result
 
 

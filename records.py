@@ -103,13 +103,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any]) -> None:
     """Write tensors atomically as safetensors; `header` becomes the one JSON string ``rowscope`` of the metadata."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # safetensors refuses tensors that share memory
     own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     metadata = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **header})
     with atomic_path(path) as temporary:
-        save_file(own, temporary, {"rowscope": metadata})
+        temporary.write_bytes(save(own, {"rowscope": metadata}))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -417,7 +417,7 @@ class RunFolder:
         write_yaml(self.config, settings)
 
     @contextmanager
-    def recorded(self, command: list[str], *, method: str, seed: int, device: str) -> Iterator[dict[str, Any]]:
+    def recorded(self, command: list[str], method: str, seed: int, device: str) -> Iterator[dict[str, Any]]:
         """Yield the content of run.json to be filled in; on disk its status is ``running`` until the end.
 
         Then it is ``finished``, or ``interrupted`` if anything was raised.

@@ -1,4 +1,4 @@
-"""Settings that ride on a method's name, ``name:key=value,key=value``, into the fields of a dataclass."""
+"""What a user can set: groups of settings, each field a flag, and settings that ride on a name, ``name:key=value``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,61 @@ from typing import Any, TypeVar
 from .errors import InputError, unknown_name
 
 T = TypeVar("T")
+
+
+def setting(default: Any, description: str, minimum: float | None = None) -> Any:
+    """A dataclass field with its help text and, for numbers, the smallest value that makes sense."""
+    return dataclasses.field(default=default, metadata={"help": description, "minimum": minimum})
+
+
+def check_minimums(value: Any) -> None:
+    """Raise an InputError for a field of the dataclass `value` that is below its minimum."""
+    for field in dataclasses.fields(value):
+        number, minimum = getattr(value, field.name), field.metadata.get("minimum")
+        if minimum is not None and number is not None and not number >= minimum:
+            raise InputError(f"{field.name}={number} is too small: use at least {minimum:g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The batches that scores are computed on; the same for every criterion at one seed."""
+
+    score_batches: int = setting(8, "Calibration batches for scores.", minimum=1)
+    score_batch_size: int = setting(8, "Examples of a calibration batch.", minimum=1)
+    score_tokens: int = setting(128, "Tokens of a calibration example; longer ones are cut.", minimum=2)
+
+    def __post_init__(self) -> None:
+        check_minimums(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """How an adapter is trained; names and meanings are those of ``transformers.TrainingArguments`` and TRL's."""
+
+    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", minimum=1e-12)
+    max_steps: int = setting(-1, "Optimizer steps; -1: as many as num_train_epochs need.", minimum=-1)
+    num_train_epochs: float = setting(1.0, "Passes over the training data, unless max_steps is given.", minimum=0)
+    per_device_train_batch_size: int = setting(8, "Examples per forward pass and device, evaluation too.", minimum=1)
+    gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", minimum=1)
+    lr_scheduler_type: str = setting("cosine", "Name of a schedule of transformers: cosine, linear, constant, ...")
+    warmup_steps: float = setting(0.03, "Steps of linear warm-up; below 1, their share of all steps.", minimum=0)
+    weight_decay: float = setting(0.0, "Of AdamW, on the trained weights.", minimum=0)
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this L2 norm.", minimum=0)
+    max_length: int = setting(1024, "Tokens of a training example; longer ones are cut at the end.", minimum=2)
+    eval_steps: int | None = setting(None, "Steps between evaluations; by default a tenth of all steps.", minimum=1)
+    save_steps: int | None = setting(None, "Steps between checkpoints; by default a tenth of all steps.", minimum=1)
+    save_total_limit: int = setting(3, "Checkpoints to keep, beside the best one.", minimum=1)
+    logging_steps: int = setting(1, "Steps between lines of the log.", minimum=1)
+    activation_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    seed: int = setting(0, "Governs everything random.", minimum=0)
+    device: str = setting("cpu", "cpu or cuda.")
+
+    def __post_init__(self) -> None:
+        check_minimums(self)
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
+            raise InputError(f"max_steps={self.max_steps} trains nothing: use at least 1, or -1 with num_train_epochs")
+
+
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 

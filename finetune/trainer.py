@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
@@ -14,13 +15,23 @@ from ..records import RunFolder
 
 
 class QuietTrainer(SFTTrainer):
-    """TRL's trainer that reports to no one and writes no model card."""
+    """TRL's trainer that reports to no one, writes no model card, and says it in one line when it cannot save."""
 
     def _send_telemetry(self) -> None:
         pass
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # On a full disk safetensors and torch raise errors of their own, not OSError.
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(
+                f"cannot write a checkpoint to {self.args.output_dir} ({reason}): free some space and add --resume"
+            ) from error
 
 
 class ProgressBar(ProgressCallback):

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -21,52 +20,10 @@ from trl import SFTConfig
 
 from ..errors import InputError
 from ..records import RunFolder
+from ..settings import TrainingSettings
 from .checkpoints import checkpoint_step, checkpoints_by_step, newest_valid_checkpoint, publish_adapter
 from .quiet import quiet_libraries
 from .trainer import ProgressBar, QuietTrainer, RunLog
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How an adapter is trained; the names are those of ``transformers.TrainingArguments`` and TRL's ``SFTConfig``.
-
-    Attributes:
-        learning_rate: peak learning rate of AdamW.
-        max_steps: optimizer steps; -1: as many as `num_train_epochs` need.
-        num_train_epochs: passes over the training data, unless `max_steps` is given.
-        per_device_train_batch_size: examples per forward pass and device, in training and evaluation.
-        gradient_accumulation_steps: forward passes per optimizer step.
-        lr_scheduler_type: name of a schedule of transformers, e.g. ``"cosine"``, ``"linear"``, ``"constant"``.
-        warmup_steps: steps of linear warm-up; below 1, their share of all steps.
-        weight_decay: of AdamW, on the adapter's weights.
-        max_grad_norm: gradients are scaled down to this L2 norm.
-        max_length: tokens per example; longer ones are cut at the end.
-        eval_steps: steps between evaluations; None: a tenth of all steps, at least one.
-        save_steps: steps between checkpoints; None: a tenth of all steps, at least one.
-        save_total_limit: checkpoints to keep, beside the best one.
-        logging_steps: steps between lines of the log.
-        activation_checkpointing: recompute activations in the backward pass instead of keeping them.
-        seed: of the adapter's start and the order of the data.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
-
-    learning_rate: float = 3e-4
-    max_steps: int = -1
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 1024
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    save_total_limit: int = 3
-    logging_steps: int = 1
-    activation_checkpointing: bool = False
-    seed: int = 0
-    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)

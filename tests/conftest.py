@@ -10,6 +10,7 @@ import rowscope
 import torch
 from rowscope import data
 from rowscope.models import LoadedModel
+from rowscope.settings import CalibrationSettings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
@@ -24,7 +25,7 @@ def demo() -> LoadedModel:
 @pytest.fixture(scope="session")
 def demo_batches(demo: LoadedModel) -> list[data.Batch]:
     """Four small calibration batches of the embedded task."""
-    return data.calibration_batches(data.load("demo")["train"], demo.tokenizer, batches=4, batch_size=4, max_length=64)
+    return data.calibration_batches(data.load("demo")["train"], demo.tokenizer, CalibrationSettings(4, 4, 64))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-
 from rowscope import ScoreTable, Selection, cli
 from rowscope.graph import read_groups
 from rowscope.records import RunFolder, read_json, read_yaml
@@ -99,7 +98,7 @@ def test_finetune_scores_and_selects_by_itself(capsys, tmp_path):
 
 
 def test_an_interrupted_run_resumes_to_the_same_adapter(capsys, tmp_path, monkeypatch):
-    """Guards Ctrl-C: exit 130, a readable run folder, and after --resume the adapter of a straight run, bit for bit."""
+    """Guards Ctrl-C: exit 130, a readable run folder, and after --resume the straight run's adapter, bit for bit."""
     from rowscope.analysis.memory import MemoryCallback
 
     data = small_data(tmp_path)
@@ -119,7 +118,9 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(capsys, tmp_path, monkey
         capsys, *arguments, "--output-dir", "torn", "--resume", "--seed", "1"
     )
     assert run_ok(capsys, *arguments, "--output-dir", "torn", "--resume")["result"]["resumed_from"] == 2
-    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("straight", "torn")]
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("straight", "torn")
+    ]
     assert adapters[0] == adapters[1]
 
 
@@ -131,7 +132,7 @@ def test_resume_of_nothing_starts_afresh(capsys, tmp_path):
 
 
 def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
-    """Guards --config: the YAML's names are the flags', a flag overrides, an unknown name is refused; a run's own works."""
+    """Guards --config: names are the flags', flags win, unknown names are refused, a run's own config works."""
     data = small_data(tmp_path)
     (tmp_path / "c.yaml").write_text(f"data: {data}\nbudget: rank=3\nmax-steps: 2\nscore_batches: 1\nscope: layer\n")
     arguments = ["finetune", "rows", "demo", "--config", "c.yaml", "--max-steps", "3", "--score-batch-size", "2"]
@@ -164,8 +165,8 @@ def test_scores_of_one_seed_are_equal(tmp_path):
         ("score demo --seed x", "--seed"),
         ("score demo --axis diagonal", "unknown axis"),
         ("score demo --plot x.gif", "name a .png or .svg file"),
-        ("score ./nowhere", "does not exist"),
-        ("score .", "no config.json"),
+        ("score ./nowhere --data demo", "does not exist"),
+        ("score . --data demo", "no config.json"),
         ("score demo --data nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("score demo --data broken.jsonl", "broken.jsonl line 1 is not a JSON object"),
         ("score demo --score-batches 0", "score_batches=0"),
@@ -215,7 +216,9 @@ def test_a_selection_of_another_model_is_refused(capsys, tmp_path, demo):
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs a folder that refuses writing")
 def test_unwritable_output(capsys):
     """Guards --out in a place where nothing can be written, before anything is half there."""
-    assert "/proc" in run_bad(capsys, "score", "demo", "--criterion", "magnitude", "--out", "/proc/nowhere/s.safetensors")
+    assert "/proc" in run_bad(
+        capsys, "score", "demo", "--criterion", "magnitude", "--out", "/proc/nowhere/s.safetensors"
+    )
 
 
 def test_a_full_disk(tmp_path):
@@ -226,11 +229,30 @@ def test_a_full_disk(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     command = [sys.executable, "-B", "-m", "rowscope", "score", "demo", "--criterion", "magnitude"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files)  # noqa: PLW1509
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "free some space" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_at_a_checkpoint(tmp_path):
+    """Guards a disk that fills during training: one line, exit 2, and after room is made --resume goes on."""
+    data = small_data(tmp_path)
+    command = [sys.executable, "-m", "rowscope", "finetune", "rows", "demo", "--data", data, *TRAIN]
+    command += ["--output-dir", "a", "--budget", "lora=4"]
+    limit = 500_000  # room for scores and selection, none for an adapter of 108 k weights with its optimizer
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_files)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "free some space" in done.stderr
+    assert read_json(tmp_path / "a" / "run.json")["status"] == "interrupted"
+    assert subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow

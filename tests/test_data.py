@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from rowscope import InputError, data
+from rowscope.settings import CalibrationSettings
 from trl import SFTConfig, SFTTrainer
 
 
@@ -105,7 +106,7 @@ def test_calibration_batches_are_seeded(demo):
     """Guards comparisons of criteria: one seed, one set of batches; padding has mask 0 and label -100."""
     rows = data.load("demo")["train"]
     first, again, other = (
-        data.calibration_batches(rows, demo.tokenizer, batches=2, batch_size=3, seed=seed) for seed in (0, 0, 1)
+        data.calibration_batches(rows, demo.tokenizer, CalibrationSettings(2, 3), seed) for seed in (0, 0, 1)
     )
     assert data.fingerprint(first) == data.fingerprint(again) != data.fingerprint(other)
     assert len(first) == 2
@@ -118,5 +119,5 @@ def test_calibration_batches_are_seeded(demo):
 def test_batches_without_a_label_are_refused(demo):
     """Guards against a NaN loss: prompts longer than the cut leave nothing to learn from."""
     rows = data.load("demo")["train"]
-    with pytest.raises(InputError, match="raise the max length"):
-        data.calibration_batches(rows, demo.tokenizer, batches=1, batch_size=2, max_length=3)
+    with pytest.raises(InputError, match="raise --score-tokens"):
+        data.calibration_batches(rows, demo.tokenizer, CalibrationSettings(1, 2, 3))

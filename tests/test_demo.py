@@ -1,14 +1,13 @@
 """``rowscope demo``: the whole chain, and what the README says of it."""
 
 import pytest
-
 from rowscope import Selection, cli
 from rowscope.records import RunFolder, read_json
 
 
 @pytest.mark.slow
 def test_the_demo_gains_what_it_promises(tmp_path, monkeypatch):
-    """Guards the demo: the untouched model fails (< 20 % exact match), tuning under a tenth gains 30 points or more."""
+    """Guards the demo: the untouched model fails (< 20 % exact match), tuning gains 30 points or more."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["demo", "--output-dir", "d"])

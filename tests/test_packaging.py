@@ -29,7 +29,7 @@ def test_the_wheel_is_complete(wheel):
     """Guards packaging: every module and data file of the rooms is in the wheel, tests and docs are not."""
     names = set(zipfile.ZipFile(wheel).namelist())
     rooms = ("graph", "scoring", "quant", "finetune", "analysis", "demo")
-    files = [path for path in ROOT.glob("*.py")] + [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    files = list(ROOT.glob("*.py")) + [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     expected = {f"rowscope/{path.relative_to(ROOT).as_posix()}" for path in files}
     expected |= {"rowscope/py.typed", "rowscope/demo/model/model.safetensors", "rowscope/demo/data/task/test.jsonl"}
     expected |= {f"rowscope/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "analysis/templates").iterdir()}
