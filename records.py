@@ -134,6 +134,17 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, header
 
 
+def tensor_file_kind(path: Path) -> str:
+    """What a file of :func:`write_tensors` holds, e.g. ``scores``; empty if it is none. Only the header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as opened:
+            return str(json.loads((opened.metadata() or {}).get("rowscope", "{}")).get("kind", ""))
+    except (SafetensorError, json.JSONDecodeError):
+        return ""
+
+
 def _check_version(path: Path, version: object) -> None:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise InputError(f"{path} has format {version}, newer than {FORMAT_VERSION}: upgrade rowscope")

@@ -1,1 +1,1 @@
-"""."""
+"""Look at it: evaluation, memory, figures and the report."""

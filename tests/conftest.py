@@ -6,12 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import rowscope
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rowscope
 from rowscope import data
 from rowscope.models import LoadedModel
 from rowscope.settings import CalibrationSettings
-from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+
 from rowscope import ScoreTable, Selection, cli
 from rowscope.graph import read_groups
 from rowscope.records import RunFolder, read_json, read_yaml

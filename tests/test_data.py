@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from trl import SFTConfig, SFTTrainer
+
 from rowscope import InputError, data
 from rowscope.settings import CalibrationSettings
-from trl import SFTConfig, SFTTrainer
 
 
 def write(path, lines):

@@ -1,6 +1,7 @@
 """``rowscope demo``: the whole chain, and what the README says of it."""
 
 import pytest
+
 from rowscope import Selection, cli
 from rowscope.records import RunFolder, read_json
 

@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 import torch
-from rowscope import InputError, load_model, models
-from rowscope.demo import MODEL_FOLDER
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rowscope import InputError, load_model, models
+from rowscope.demo import MODEL_FOLDER
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowscope import InputError, ScoreTable, Selection
 from rowscope.records import (
     FORMAT_VERSION,

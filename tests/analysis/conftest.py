@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+
 from rowscope.records import Provenance, RunFolder, ScoreTable, Selection, write_json, write_text, write_yaml
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS = 192, 512, 64, 8
@@ -182,3 +183,9 @@ def make_run(root: Path, hostile: str = "", seed: int = 1) -> RunFolder:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> RunFolder:
     return make_run(tmp_path / "run")
+
+
+@pytest.fixture(name="make_run")
+def make_run_fixture():
+    """The function that writes a finished run's folder."""
+    return make_run

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+
 from rowscope import InputError, data
 from rowscope.analysis.evaluate import answer, evaluate, generate
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from rowscope.errors import InputError
-from rowscope.finetune.layer import Linear, largest_rows
 from torch import nn
 from torch.nn import functional
+
+from rowscope.errors import InputError
+from rowscope.finetune.layer import Linear, largest_rows
 
 OUT, IN = 10, 7
 

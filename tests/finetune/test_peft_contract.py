@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import convert_to_lora
-from rowscope import InputError, RowsConfig, Selection
-from rowscope.finetune import RowsLayer, RowsModel, load_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from rowscope import InputError, RowsConfig, Selection
+from rowscope.finetune import RowsLayer, RowsModel, load_adapter
 
 IDS = torch.arange(12).reshape(2, 6)
 MLP = "model.layers.0.mlp"

@@ -7,12 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from rowscope import InputError, RowsConfig, Selection
-from rowscope.finetune import TrainingSettings, newest_valid_checkpoint, train
-from rowscope.records import RunFolder
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import TrainerCallback
+
+from rowscope import InputError, RowsConfig, Selection
+from rowscope.finetune import TrainingSettings, newest_valid_checkpoint, train
+from rowscope.records import RunFolder
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SUMS = [(a, b) for a in range(6) for b in range(5)]

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowscope import CouplingGroup, InputError
 from rowscope.graph import Member, Port, read_groups, write_groups
 from rowscope.graph.structure import compact

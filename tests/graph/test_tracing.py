@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from rowscope import InputError, trace
-from rowscope.graph import CouplingGroup
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rowscope import InputError, trace
+from rowscope.graph import CouplingGroup
 
 TOKENS = torch.arange(3, 15).unsqueeze(0)
 

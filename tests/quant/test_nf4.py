@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rowscope import InputError
 from rowscope.quant import dequantise, quantise, residual
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rowscope import InputError, criterion, scoring
 from rowscope.models import LoadedModel, linear_modules
 from rowscope.scoring.zo_taylor import draw

@@ -7,6 +7,7 @@ import torch
 import torch_pruning
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rowscope import Budget, InputError, criterion, scoring, select, trace
 from rowscope.models import LoadedModel, linear_modules
 from rowscope.records import Provenance, ScoreTable

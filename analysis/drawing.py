@@ -1,0 +1,190 @@
+"""How figures are drawn and written: one style, one ink, heat maps of layers by modules, PNG and inline SVG.
+
+Text and lines are drawn in one ink. A PNG shows it on white; in inline SVG it becomes ``currentColor`` on a clear
+ground, so that a figure follows the light or dark page around it. A figure's label is its description in words.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from ..records import atomic_path
+
+INK = "#1b1f24"
+MUTED = "#8a9099"
+ACCENT = "#3b6fb5"
+WARM = "#c9702b"
+WIDTH = 5.4  # inches; one column of the report
+MOST_ANNOTATED = 120  # cells; more numbers than this are a texture, not a text
+MOST_TICKS = 24
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rowscope",
+    "text.parse_math": False,  # a "$" in a module's name is a dollar sign
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+
+
+Parameters = ParamSpec("Parameters")
+
+
+def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
+    """Draw with the package's style, and leave the caller's matplotlib settings as they were."""
+
+    @functools.wraps(draw)
+    def draw_styled(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+            # Each drawing would lay out anew, a little differently after the last: lay out once and keep it.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            return figure
+
+    return draw_styled
+
+
+def grid(names: Sequence[str], layers: Sequence[str]) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """Place modules on a grid of layers by modules within the layer.
+
+    Experts of one layer share a column (``experts.*``). Modules outside any layer are left out.
+
+    Returns:
+        the column names in order of appearance, and module -> (row, column) of the grid.
+    """
+    columns: dict[str, int] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for name in names:
+        for row, layer in enumerate(layers):
+            if name.startswith(f"{layer}."):
+                suffix = name[len(layer) + 1 :]
+                if "experts" in suffix:
+                    suffix = re.sub(r"\.\d+(?=\.|$)", ".*", suffix)
+                places[name] = (row, columns.setdefault(suffix, len(columns)))
+                break
+    return list(columns), places
+
+
+def heatmap(
+    values: np.ndarray, layers: Sequence[str], columns: list[str], norm: Normalize, label: str, missing: np.ndarray
+) -> Figure:
+    """Draw cells by `norm` with cividis; hatch what is NaN, leave `missing` cells empty."""
+    rows, width = values.shape
+    cell = 0.27 if rows <= MOST_TICKS else max(0.09, 6.5 / rows)
+    figure = Figure(figsize=(WIDTH, 1.75 + cell * max(rows, 1)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["cividis"]
+    axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="face", linewidth=0.2)
+    annotate = values.size <= MOST_ANNOTATED
+    for row, column in np.ndindex(*values.shape):
+        if missing[row, column]:
+            continue
+        value = values[row, column]
+        if not math.isfinite(value):
+            axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
+        if annotate or not math.isfinite(value):
+            cell_text(axes, column, row, value, colours, norm)
+    layer_ticks(axes, layers)
+    axes.set_xticks(np.arange(width) + 0.5, columns, rotation=40, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.invert_yaxis()
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, location="bottom", fraction=0.05, aspect=40, pad=0.02
+    )
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label(label)
+    bar.ax.minorticks_off()
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return figure
+
+
+def cell_text(axes: Axes, column: int, row: int, value: float, colours: Colormap, norm: Normalize) -> None:
+    colour = INK
+    if math.isfinite(value):
+        red, green, blue, _ = colours(norm(value))
+        colour = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000000"
+    text = short(value) if math.isfinite(value) else "NaN"
+    axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def layer_ticks(axes: Axes, layers: Sequence[str]) -> None:
+    parts = [layer.split(".") for layer in layers]
+    shared = 0
+    while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    names = [".".join(part[shared:]) for part in parts]
+    step = math.ceil(len(layers) / MOST_TICKS) if layers else 1
+    axes.set_yticks(np.arange(0, len(layers), step) + 0.5, names[::step])
+    axes.set_ylabel("layer")
+
+
+def short(value: float) -> str:
+    """A number in at most four characters or so: ``0.04``, ``1.3``, ``12``."""
+    if value == 0:
+        return "0"
+    return (
+        f"{value:.0f}"
+        if value >= 9.95
+        else f"{value:.1f}"
+        if value >= 0.95
+        else f"{value:.2f}"
+        if value >= 0.01
+        else "<.01"
+    )
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the suffix of `path`, atomically."""
+    with matplotlib.rc_context(STYLE), atomic_path(path) as temporary:
+        kind = path.suffix.lstrip(".").lower()
+        figure.savefig(
+            temporary, format=kind, dpi=160, facecolor="white", metadata={"Date": None} if kind == "svg" else None
+        )
+
+
+def svg(figure: Figure, prefix: str = "figure") -> str:
+    """A figure as inline SVG: deterministic, described by the figure's label, its ink the page's text colour.
+
+    Args:
+        figure: from one of the functions above.
+        prefix: starts every id, with a hash of the content; pages that show one figure twice give each its own.
+    """
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
+    unique = f"{prefix}-{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{unique}", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(str(figure.get_label()), quote=True)}"', 1)
