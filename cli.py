@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -236,7 +237,7 @@ def finetune_rows(
     run = RunFolder.create(output_dir, resume=resume) if output_dir else RunFolder.next_free("rows", model)
     if resume and run.run.is_file() and read_json(run.run).get("status") == "finished":
         return console.print_run(run, as_json)
-    if resume and not run.run.is_file():
+    if resume and not run.run.is_file() and not run.selection.is_file():
         print(f"nothing to resume in {run.root}: starting afresh", file=sys.stderr)
     run.keep_config(what | how | asdict(calibration) | asdict(training))
     with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
@@ -470,6 +471,8 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the input is wrong (one line), 1 a bug (traceback), 130 interrupted."""
+    # Where other programs compete for the cores, OpenMP's waiting threads spin most of the time away: let them yield.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # bitsandbytes, which PEFT imports, warns of a missing accelerator of its own at every start
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
