@@ -405,7 +405,7 @@ DEMO_ZERO_ORDER = "zo-taylor:passes=256"
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue, or show, the run in --output-dir.")] = False,
-    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
+    max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
     seed: Seed = 0,
 ) -> None:
     """Run the whole chain on the embedded model and data: graph, score, select, finetune, evaluate, report."""

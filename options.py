@@ -20,7 +20,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Command], Co
 
     def register(function: Command) -> Command:
         hints = get_type_hints(function, include_extras=True)
-        groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+        groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
         parameters = []
         for parameter in inspect.signature(function).parameters.values():
             if parameter.name in groups:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -34,7 +34,7 @@ WARM = "#c9702b"
 WIDTH = 5.4  # inches; one column of the report
 MOST_ANNOTATED = 120  # cells; more numbers than this are a texture, not a text
 MOST_TICKS = 24
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rowscope",
     "text.parse_math": False,  # a "$" in a module's name is a dollar sign
@@ -106,7 +106,7 @@ def heatmap(
     for row, column in np.ndindex(*values.shape):
         if missing[row, column]:
             continue
-        value = values[row, column]
+        value = float(values[row, column])
         if not math.isfinite(value):
             axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
         if annotate or not math.isfinite(value):
@@ -119,7 +119,7 @@ def heatmap(
     bar = figure.colorbar(
         ScalarMappable(norm, colours), ax=axes, location="bottom", fraction=0.05, aspect=40, pad=0.02
     )
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(label)
     bar.ax.minorticks_off()
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

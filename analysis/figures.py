@@ -122,7 +122,7 @@ def agreement_matrix(tables: Sequence[ScoreTable], axis: str) -> Figure:
     axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="face", linewidth=0.2)
     for row, column in np.ndindex(size, size):
         if row != column:
-            cell_text(axes, column, row, values[row, column], colours, norm)
+            cell_text(axes, column, row, float(values[row, column]), colours, norm)
     axes.set_xticks(np.arange(size) + 0.5, names)
     axes.set_yticks(np.arange(size) + 0.5, names)
     axes.tick_params(length=0)
@@ -132,7 +132,7 @@ def agreement_matrix(tables: Sequence[ScoreTable], axis: str) -> Figure:
     bar = figure.colorbar(
         ScalarMappable(norm, colours), ax=axes, location="bottom", fraction=0.06, aspect=40, pad=0.02
     )
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label("above the diagonal: Spearman; below: weight norm partialled out")
     figure.set_label(f"Matrix: rank agreement of {size} criteria over {axis}s, median over modules.")
     return figure

@@ -7,6 +7,7 @@ Components, in bytes: ``base_weights`` (frozen parameters and all buffers), ``ad
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def components(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     }
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

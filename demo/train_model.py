@@ -26,6 +26,7 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM
 
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"
 # Tests are repetitive, encodings are tables of character codes, and installed packages differ between machines.
@@ -110,7 +111,7 @@ def count_baselines(train: torch.Tensor, held_out: torch.Tensor, vocabulary: int
     return {"unigram": float(-numpy.log(unigram[after]).mean()), "bigram": float(-numpy.log(bigram).mean())}
 
 
-def build_model(vocabulary: int, positions: int, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.nn.Module:
+def build_model(vocabulary: int, positions: int, tokenizer: transformers.PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return the untrained transformer: 8 layers of 192, 6 query heads to 2 key-value heads, tied embeddings."""
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -157,7 +158,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: torch.nn.Module, tokens: torch.Tensor, held_out: torch.Tensor, options: argparse.Namespace) -> list:
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, options: argparse.Namespace) -> list:
     """Train `model` in place on random windows of `tokens` and return the loss curve, one record per measurement."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
@@ -187,10 +188,11 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, held_out: torch.Tensor, 
     return curve
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
+def save(model: LlamaForCausalLM, folder: Path) -> None:
     """Write a bfloat16 copy of `model` and its greedy generation settings into `folder`."""
     config = model.config
-    copy = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    copy = LlamaForCausalLM(config)
+    copy.bfloat16()
     copy.load_state_dict(model.state_dict())
     copy.generation_config = transformers.GenerationConfig(
         do_sample=False,
