@@ -2,9 +2,10 @@
 
     python benchmarks/demo_methods.py [--steps 100] [--seeds 3] [--out benchmarks/results/demo_methods.json]
 
-Every method gets the budget of a LoRA of rank 16 on all linear layers, the same data, steps and batch, no dropout, and the
-best of the same learning rates by held-out loss over the seeds. Printed are means and standard errors over the seeds
-(which order the data, draw LoRA's start and the random control) of held-out loss and of exact match on the test split.
+Every method gets the budget of a LoRA of rank 16 on all linear layers, the same data, steps and batch, no dropout, and
+the best of the same learning rates by held-out loss over the seeds. Printed are means and standard errors over the
+seeds (which order the data, draw LoRA's start and the random control) of held-out loss and of exact match on the test
+split.
 """
 
 import argparse
@@ -85,9 +86,8 @@ def main() -> None:
         max_steps=options.steps, per_device_train_batch_size=16, eval_steps=options.steps, save_steps=options.steps
     )
     cells = []
-    print(
-        f"| method | trainable | learning rate | held-out loss | exact match | ({options.steps} steps)\n|---|---|---|---|---|"
-    )
+    print(f"{options.steps} steps, {options.seeds} seeds")
+    print("| method | trainable | learning rate | held-out loss | exact match |\n|---|---|---|---|---|")
     for method in METHODS:
         configs = [configuration(method, seed) for seed in range(options.seeds)]
         rows = []
