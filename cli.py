@@ -342,6 +342,8 @@ def evaluate(
     folder = _adapter_folder(adapter) if adapter else None
     rows = datasets.load(source)[split]
     loaded = models.load(model, dtype=dtype, device=device)
+    if adapter is not None:
+        _warn_of_another_base(adapter, loaded)
     started = time.perf_counter()
     before = {name: run_task(name, loaded.model, loaded.tokenizer, rows, max_length=max_length) for name in names}
     after = {}
@@ -371,6 +373,13 @@ def evaluate(
     if out is not None:
         write_json(out, value)
     console.print_evaluation(value, out, as_json)
+
+
+def _warn_of_another_base(adapter: Path, loaded: LoadedModel) -> None:
+    record = read_json(adapter / "run.json") if (adapter / "run.json").is_file() else {}
+    trained_on = record.get("model", {}).get("fingerprint", loaded.fingerprint)
+    if trained_on != loaded.fingerprint:
+        print(f"note: {adapter} was trained on other weights than those of {loaded.source}", file=sys.stderr)
 
 
 def _adapter_folder(path: Path) -> Path:
@@ -411,7 +420,7 @@ def demo(
     """Run the whole chain on the embedded model and data: graph, score, select, finetune, evaluate, report."""
     run = RunFolder.create(output_dir, resume=resume)
     zero_order = run.root / "scores-zo-taylor.safetensors"
-    steps: list[tuple[str, Path, Callable[[], None]]] = [
+    steps: list[tuple[str, Path | None, Callable[[], None]]] = [
         ("1/7 graph", run.graph, lambda: graph("demo", out=run.graph)),
         ("2/7 score, exact gradients", run.scores, lambda: score("demo", out=run.scores, seed=seed)),
         (
@@ -426,7 +435,7 @@ def demo(
         ),
         (
             "5/7 finetune the selection",
-            run.adapter,
+            None,  # resumes by itself
             lambda: finetune_rows(
                 "demo",
                 selection=run.selection,
@@ -444,7 +453,7 @@ def demo(
     ]
     for title, result, step in steps:
         print(f"\n{title}")
-        if result.exists():
+        if result is not None and result.exists():
             print(f"already there: {result}")
         else:
             step()

@@ -21,6 +21,11 @@ def test_the_demo_gains_what_it_promises(tmp_path, monkeypatch):
     assert results["perplexity"]["after"]["value"] < results["perplexity"]["before"]["value"]
     assert Selection.load(run.selection).origin["scope"] == "coupled"
     assert len(run.score_tables()) == 2
+    before = run.run.read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["demo", "--output-dir", "d", "--resume"])
+    assert exit_.value.code == 0
+    assert run.run.read_bytes() == before, "a finished demo is shown again, not run again"
     page = run.report.read_text()
     for expected in ("zo-taylor", "exact-match", "<svg"):
         assert expected in page
