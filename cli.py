@@ -242,13 +242,13 @@ def finetune_rows(
     run.keep_config(what | how | asdict(calibration) | asdict(training))
     with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
         loaded = _load_recorded(record, model, dtype, training.device)
-        started = time.perf_counter()
         if given is None:
+            started = time.perf_counter()
             given = _own_selection(run, loaded, rule, source, calibration, amount, scope, axis, training.seed)
+            record["timings"]["score"] = time.perf_counter() - started
         if given.model_fingerprint and given.model_fingerprint != loaded.fingerprint:
             raise InputError(f"the selection is of another model than {model}: score and select again")
         given.save(run.selection)
-        record["timings"]["score"] = time.perf_counter() - started
         record["selection"] = given.origin
         _train_rows(run, record, loaded, source, given, training)
     console.print_run(run, as_json)

@@ -114,8 +114,8 @@ def print_run(run: RunFolder, as_json: bool) -> None:
 
 
 def _trainable(record: dict[str, Any]) -> list[str]:
-    trained, total = record["trainable_parameters"], record["total_parameters"]
-    return ["trainable parameters", f"{trained:,} ({trained / total:.1%})"]
+    trained, base = record["trainable_parameters"], record["total_parameters"] - record["trainable_parameters"]
+    return ["trainable parameters", f"{trained:,} ({trained / base:.1%} of the model's)"]
 
 
 def _with_error(result: dict[str, Any] | None, unit: str) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import InputError
 
@@ -199,13 +199,14 @@ def _flatten(prefix: str, table: AxisTensors) -> dict[str, Tensor]:
     return {f"{prefix}{module}/{axis}": tensor for module, axes in table.items() for axis, tensor in axes.items()}
 
 
-def _unflatten(prefix: str, tensors: dict[str, Tensor]) -> AxisTensors:
-    table: AxisTensors = {}
+def _unflatten(prefix: str, tensors: dict[str, Tensor], order: Iterable[str] = ()) -> AxisTensors:
+    """The inverse of :func:`_flatten`; files are sorted by name, `order` puts the modules back into the model's."""
+    table: AxisTensors = {module: {} for module in order}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
             module, axis = name[len(prefix) :].rsplit("/", 1)
             table.setdefault(module, {})[axis] = tensor
-    return table
+    return {module: axes for module, axes in table.items() if axes}
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ class ScoreTable:
         halves: the same scores from two disjoint halves of the data or of the perturbations; empty if there are none.
         noise: expected score of each row and column if there were no signal at all; empty where the score is exact.
     """
+
+    _PREFIXES: ClassVar[tuple[str, ...]] = ("scores", "weight_norm", "noise", "halves/a", "halves/b")
 
     scores: AxisTensors
     weight_norm: AxisTensors
@@ -245,14 +248,9 @@ class ScoreTable:
             provenance = Provenance(**fields)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} lacks {error} in its metadata: score again") from None
-        halves = tuple(_unflatten(f"halves/{letter}/", tensors) for letter in "ab")
-        return cls(
-            scores=_unflatten("scores/", tensors),
-            weight_norm=_unflatten("weight_norm/", tensors),
-            provenance=provenance,
-            halves=halves if all(halves) else (),  # type: ignore[arg-type]
-            noise=_unflatten("noise/", tensors),
-        )
+        read = {prefix: _unflatten(f"{prefix}/", tensors, provenance.shapes) for prefix in cls._PREFIXES}
+        halves = (read["halves/a"], read["halves/b"])
+        return cls(read["scores"], read["weight_norm"], provenance, halves if all(halves) else (), read["noise"])
 
 
 @dataclass(frozen=True)
@@ -331,7 +329,7 @@ class Selection:
                 raise InputError(f"{path}: unreadable indices ({error}): write 'module: {{row: [0, 1]}}'") from None
         else:
             tensors, header = read_tensors(path, "selection")
-            indices = _unflatten("", tensors)
+            indices = _unflatten("", tensors, header.get("shapes", ()))
         try:
             shapes = {module: (int(shape[0]), int(shape[1])) for module, shape in header["shapes"].items()}
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
@@ -34,6 +34,7 @@ WARM = "#c9702b"
 WIDTH = 5.4  # inches; one column of the report
 MOST_ANNOTATED = 120  # cells; more numbers than this are a texture, not a text
 MOST_TICKS = 24
+LOG_TICKS = [digit * 10.0**power for power in range(-4, 5) for digit in (1, 2, 5)]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rowscope",
@@ -122,6 +123,8 @@ def heatmap(
     bar.outline.set_visible(False)
     bar.set_label(label)
     bar.ax.minorticks_off()
+    if isinstance(norm, LogNorm):
+        bar.set_ticks([tick for tick in LOG_TICKS if (norm.vmin or 0) <= tick <= (norm.vmax or 0)])
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return figure
 

@@ -48,7 +48,7 @@ def importance_heatmap(table: ScoreTable, axis: str) -> Figure:
         f"mean score of a {axis}, times the model's average {axis} (log scale)",
         missing=count == 0,
     )
-    figure.axes[0].set_title(f"{table.provenance.criterion}: importance of {axis}s")
+    figure.axes[0].set_title(f"Importance of {axis}s\n{table.provenance.criterion}")
     figure.set_label(_describe_heatmap(table.provenance.criterion, axis, relative, columns))
     return figure
 

@@ -176,8 +176,8 @@ def _trained(entry: Contents, writer: FigureWriter) -> Section:
     if selection is None:
         return section
     origin, trained = selection.origin, selection.trainable_parameters()
-    total = record.get("total_parameters")
-    share = f", {trained / total:.1%} of {total:,}" if total else ""
+    base = record.get("total_parameters", 0) - trained
+    share = f", as many as {trained / base:.1%} of the model's {base:,}" if base > 0 else ""
     axes = sorted({axis for module in selection.indices.values() for axis in module})
     section.text.append(
         f"{trained:,} weights are trained{share}: {' and '.join(f'{axis}s' for axis in axes)} of "
@@ -319,9 +319,8 @@ def _verdict(first: ScoreTable, second: ScoreTable, axis: str) -> str:
     text = f"{names} at Spearman {pair.median_spearman:.2f}, but {pair.median_partial:.2f} without the weight norm"
     if pair.median_spearman > 0.3 and pair.median_partial < 0.5 * pair.median_spearman:
         return f"{text}: what they share is mostly the size of the weights."
-    if pair.median_partial > 0.6:
-        return f"{text}: they rank the rows much alike."
-    return f"{text}."
+    alike = "they rank the rows much alike" if pair.median_partial > 0.6 else "they rank the rows differently"
+    return f"{text}: {alike}."
 
 
 def _reproduce(entry: Contents, _: FigureWriter) -> Section:

@@ -81,9 +81,9 @@ def select(
     origin = {"criterion": table.provenance.criterion, "budget": str(budget), "scope": scope}
     if scope == "layer":
         origin["axis"] = axis
-    return Selection(
-        indices, {module: shapes[module] for module in indices}, table.provenance.model_fingerprint, origin
-    )
+    chosen_shapes = {module: shape for module, shape in shapes.items() if module in indices}  # in the model's order
+    ordered = {module: indices[module] for module in chosen_shapes}
+    return Selection(ordered, chosen_shapes, table.provenance.model_fingerprint, origin)
 
 
 def _module_families(table: ScoreTable, axis: str) -> list[Family]:

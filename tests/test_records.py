@@ -45,7 +45,7 @@ def table() -> ScoreTable:
 
 
 def assert_equal_tables(first, second):
-    assert first.keys() == second.keys()
+    assert list(first) == list(second), "in the order they were written"
     for module in first:
         assert first[module].keys() == second[module].keys()
         for axis in first[module]:
