@@ -120,7 +120,13 @@ class AttentionTrace:
                 module(*args, **kwargs)
         except _Captured as captured:
             names = [f"{name}.{child_name}" for child_name in projections]
-            return AttentionLayout(*(_read_rows(name, tensor, names) for tensor in captured.tensors))
+            query, key, value = captured.tensors
+            if not _whole(query):  # some models scale the query before the attention, not within
+                query = query / getattr(module, "scaling", 1.0)
+            return AttentionLayout(*(_read_rows(name, tensor, names) for tensor in (query, key, value)))
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{name}: its heads cannot be read ({reason}): it is not supported yet") from None
         finally:
             self.probing = False
         raise InputError(f"{name} does not call transformers' attention interface: its heads cannot be traced")
@@ -128,12 +134,16 @@ class AttentionTrace:
 
 def _read_rows(attention: str, tensor: Tensor, projections: list[str]) -> Projection:
     """Undo the row numbering of ``(batch, heads, tokens, head_dim)``."""
-    numbers = tensor[0, :, 0].double()
-    rounded = numbers.round()
+    rounded = tensor[0, :, 0].double().round()
     owners = (rounded / PROJECTION_STRIDE).floor().unique()
-    if not torch.allclose(numbers, rounded, atol=1e-3) or len(owners) != 1 or not 0 <= owners[0] < len(projections):
+    if not _whole(tensor) or len(owners) != 1 or not 0 <= owners[0] < len(projections):
         raise InputError(f"{attention}: unsupported head layout, its heads are not whole rows of one projection")
     return Projection(projections[int(owners[0])], (rounded % PROJECTION_STRIDE).long())
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether all numbers are whole but for rounding; relative tolerance would accept any number of that size."""
+    return torch.allclose(tensor.double(), tensor.double().round(), rtol=0, atol=1e-3)
 
 
 def _per_head_norms(module: nn.Module) -> list[nn.Module]:

@@ -195,6 +195,8 @@ def _plain_group(bones: nn.Module, members: list[Port]) -> list[CouplingGroup]:
     blocks = {block for block in models.layers(bones) for module in modules if module.startswith(f"{block}.")}
     if len(blocks) == 1 and all(module.startswith(tuple(f"{block}." for block in blocks)) for module in modules):
         name, kind = _common_name(modules), "mlp"
+        if name in blocks:  # the layers stand in the block itself
+            name = f"{name}.mlp"
     else:
         name, kind = "residual", "residual"
     return [CouplingGroup(name, kind, sizes.pop(), tuple(Member(port) for port in members))]

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rowscope import InputError, trace
 from rowscope.graph import CouplingGroup
@@ -108,6 +117,86 @@ def test_heads_at_every_grouping(kv_heads):
         remove(removed, [(value_output, list(range(8, 16))), (query_key, list(range(8, 16)))])
         masked.model.layers[1].self_attn.o_proj.weight.data[:, repeat * 8 : 2 * repeat * 8] = 0
         assert_removed_equals_masked(removed, masked, model)
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2}
+FAMILIES = {
+    "llama": GROUPED | {"head_dim": 10},
+    "mistral": GROUPED | {"head_dim": 10},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 10},
+    "gemma": GROUPED | {"head_dim": 10},
+    "gemma2": GROUPED | {"head_dim": 10},
+    "gemma3_text": GROUPED | {"head_dim": 10},
+    "phi": GROUPED,
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 56, "word_embed_proj_dim": 48},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """A tiny random model of each family, biases and norms away from their trivial start."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **SIZES, **FAMILIES[request.param]))
+    for parameter in model.parameters():
+        parameter.data += (0.1 if parameter.ndim == 1 else 0.05) * torch.randn_like(parameter)
+    return model.eval()
+
+
+def masked_copy(model: nn.Module, group: CouplingGroup, channels: list[int]) -> nn.Module:
+    """A copy in which what reads the channels, the columns of the group's last weight, is zero."""
+    copied = copy.deepcopy(model)
+    for member in group.members:
+        if member.axis == "column":
+            columns = [index for channel in channels for index in group.indices(member, channel)]
+            copied.get_parameter(member.port.parameter).data[:, columns] = 0
+    return copied
+
+
+def test_feed_forward_channels_of_every_family(family):
+    """Guards the promise beyond Llama: biases, gates and other names make no difference."""
+    for group in trace(family):
+        if group.kind == "mlp":
+            channels = list(range(0, group.size, 2))
+            removed = copy.deepcopy(family)
+            remove(removed, [(group, channels)])
+            assert_removed_equals_masked(removed, masked_copy(family, group, channels), family)
+
+
+def test_heads_of_every_family(family):
+    """Guards fused, interleaved, scaled, grouped and normalised heads: a removed KV head is a masked one."""
+    groups = groups_of(family)
+    name = next(id_ for id_ in groups if id_.endswith(".vo")).removesuffix(".vo")
+    value_output, query_key = groups[f"{name}.vo"], groups[f"{name}.qk"]
+    head_dim = getattr(family.config, "head_dim", None) or 8
+    head = list(range(head_dim))
+    removed = copy.deepcopy(family)
+    remove(removed, [(value_output, head), (query_key, head)])
+    attention = removed.get_submodule(name)
+    heads = value_output.size // head_dim - 1
+    for attribute in ("num_heads", "num_attention_heads"):  # what their own reshaping reads
+        if hasattr(attention, attribute):
+            setattr(attention, attribute, heads)
+    assert_removed_equals_masked(removed, masked_copy(family, value_output, head), family)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("phi3", GROUPED, "split or concatenated channels"),
+        ("gpt2", {"n_inner": 56}, "heads cannot be read"),
+        ("mixtral", GROUPED | {"num_local_experts": 4}, "cannot be traced"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(name, extra, message):
+    """Guards against silently wrong groups: what is not supported yet is refused by name and reason."""
+    with pytest.raises(InputError, match=message):
+        trace(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES, **extra)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
