@@ -18,11 +18,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
 
 INTERFACE = "rowscope_probe"
 PROJECTION_STRIDE = 10**7  # larger than any number of rows, small enough to stay exact in float64
+
+
+LINEAR_LAYERS = (nn.Linear, Conv1D)
+
+
+def out_features(layer: nn.Module) -> int:
+    """Output features of one of :data:`LINEAR_LAYERS`."""
+    return layer.nf if isinstance(layer, Conv1D) else layer.out_features  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -107,15 +116,13 @@ class AttentionTrace:
             InputError: if its heads are not made of whole rows of its projections.
         """
         module = self.seen[name]
-        projections = {
-            child_name: child for child_name, child in module.named_modules() if isinstance(child, nn.Linear)
-        }
+        projections = {part: child for part, child in module.named_modules() if isinstance(child, LINEAR_LAYERS)}
         args, kwargs = tree_map(_blank, self._calls[module])
         self.probing = True
         try:
             with ExitStack() as stack, torch.no_grad():
                 for number, projection in enumerate(projections.values()):
-                    rows = torch.arange(projection.out_features, dtype=torch.float64) + number * PROJECTION_STRIDE
+                    rows = torch.arange(out_features(projection), dtype=torch.float64) + number * PROJECTION_STRIDE
                     stack.enter_context(_instance_forward(projection, _constant(rows)))
                 module(*args, **kwargs)
         except _Captured as captured:

@@ -29,21 +29,18 @@ class Member:
 
     Attributes:
         port: the dimension that is coupled.
+        axis: ``row`` for output features, ``column`` for input features, whichever dim the layer keeps them in.
         index: see :data:`IndexMap`.
     """
 
     port: Port
+    axis: str
     index: IndexMap = None
 
     @property
     def module(self) -> str:
         """Name of the module that owns the parameter."""
         return self.port.parameter.rpartition(".")[0]
-
-    @property
-    def axis(self) -> str:
-        """``row`` for dim 0, ``column`` for dim 1 (weights are ``(out_features, in_features)``)."""
-        return "row" if self.port.dim == 0 else "column"
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class CouplingGroup:
                 index = range(index["start"], index["stop"], index["step"])
             elif index is not None:
                 index = tuple(tuple(indices) for indices in index)
-            members.append(Member(Port(entry["parameter"], entry["dim"]), index))
+            members.append(Member(Port(entry["parameter"], entry["dim"]), entry["axis"], index))
         return cls(value["id"], value["kind"], value["size"], tuple(members))
 
 

@@ -21,7 +21,7 @@ ranges = st.tuples(st.integers(0, 50), st.integers(1, 20), st.integers(1, 5)).ma
 @given(st.one_of(tables, ranges))
 def test_compact_forms_say_the_same(table):
     """Guards the index maps: whichever form is chosen, a channel's indices are those of the table."""
-    group = CouplingGroup("g", "mlp", len(table), (Member(Port("m.weight", 0), compact(table)),))
+    group = CouplingGroup("g", "mlp", len(table), (Member(Port("m.weight", 0), "row", compact(table)),))
     assert [list(group.indices(group.members[0], channel)) for channel in range(group.size)] == table
 
 
@@ -35,13 +35,15 @@ def test_ranges_stay_ranges(table):
 @given(st.one_of(tables, ranges))
 def test_json_round_trip(table):
     """Guards the format: what is written is read back equal."""
-    group = CouplingGroup("a.b", "attention-vo", len(table), (Member(Port("a.b.weight", 1), compact(table)),))
+    group = CouplingGroup(
+        "a.b", "attention-vo", len(table), (Member(Port("a.b.weight", 1), "column", compact(table)),)
+    )
     assert CouplingGroup.from_json(json.loads(json.dumps(group.to_json()))) == group
 
 
 def test_file_round_trip_and_bad_files(tmp_path):
     """Guards the stream writer, and one-line refusals of what is no graph."""
-    groups = [CouplingGroup(f"g{n}", "mlp", 3, (Member(Port("m.weight", 0)),)) for n in range(2)]
+    groups = [CouplingGroup(f"g{n}", "mlp", 3, (Member(Port("m.weight", 0), "row"),)) for n in range(2)]
     write_groups(tmp_path / "graph.json", "demo", groups)
     assert read_groups(tmp_path / "graph.json") == groups
     (tmp_path / "bad.json").write_text("{}")
@@ -51,7 +53,7 @@ def test_file_round_trip_and_bad_files(tmp_path):
 
 def test_channels_out_of_range_are_an_error():
     """Guards against negative or too large channels wrapping round."""
-    group = CouplingGroup("g", "mlp", 3, (Member(Port("m.weight", 0)),))
+    group = CouplingGroup("g", "mlp", 3, (Member(Port("m.weight", 0), "row"),))
     for channel in (-1, 3):
         with pytest.raises(IndexError):
             group.indices(group.members[0], channel)

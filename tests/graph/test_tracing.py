@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rowscope import InputError, trace
 from rowscope.graph import CouplingGroup
@@ -34,6 +35,8 @@ def remove(model: nn.Module, removals: list[tuple[CouplingGroup, list[int]]]) ->
         parameter = model.get_parameter(name)
         keep = torch.tensor([index for index in range(parameter.shape[dim]) if index not in indices])
         setattr(module, name.rpartition(".")[2], nn.Parameter(parameter.detach().index_select(dim, keep)))
+        if isinstance(module, Conv1D):
+            module.nx, module.nf = module.weight.shape
     model.tie_weights()
 
 
@@ -133,6 +136,8 @@ FAMILIES = {
     "gemma2": GROUPED | {"head_dim": 10},
     "gemma3_text": GROUPED | {"head_dim": 10},
     "phi": GROUPED,
+    "phi3": GROUPED,
+    "gpt2": {"n_inner": 56},
     "gpt_neox": {},
     "opt": {"ffn_dim": 56, "word_embed_proj_dim": 48},
 }
@@ -154,7 +159,7 @@ def masked_copy(model: nn.Module, group: CouplingGroup, channels: list[int]) -> 
     for member in group.members:
         if member.axis == "column":
             columns = [index for channel in channels for index in group.indices(member, channel)]
-            copied.get_parameter(member.port.parameter).data[:, columns] = 0
+            copied.get_parameter(member.port.parameter).data.index_fill_(member.port.dim, torch.tensor(columns), 0)
     return copied
 
 
@@ -179,17 +184,23 @@ def test_heads_of_every_family(family):
     remove(removed, [(value_output, head), (query_key, head)])
     attention = removed.get_submodule(name)
     heads = value_output.size // head_dim - 1
-    for attribute in ("num_heads", "num_attention_heads"):  # what their own reshaping reads
-        if hasattr(attention, attribute):
-            setattr(attention, attribute, heads)
+    attention.config = copy.deepcopy(attention.config)  # what their own reshaping reads
+    for owner in (attention, attention.config):
+        for attribute, value in (
+            ("num_heads", heads),
+            ("num_attention_heads", heads * len(query_key.indices(query_key.members[0], 0))),
+            ("num_key_value_heads", heads),
+            ("split_size", heads * head_dim),
+        ):
+            if hasattr(owner, attribute):
+                setattr(owner, attribute, value)
     assert_removed_equals_masked(removed, masked_copy(family, value_output, head), family)
 
 
 @pytest.mark.parametrize(
     ("name", "extra", "message"),
     [
-        ("phi3", GROUPED, "split or concatenated channels"),
-        ("gpt2", {"n_inner": 56}, "heads cannot be read"),
+        ("falcon", {}, "cannot be traced"),
         ("mixtral", GROUPED | {"num_local_experts": 4}, "cannot be traced"),
     ],
 )
