@@ -19,14 +19,24 @@ from . import console
 from ._version import VERSION
 from .errors import InputError, unknown_name
 from .options import command
-from .records import AXES, RunFolder, ScoreTable, Selection, read_json, read_yaml, write_json
-from .settings import CalibrationSettings, TrainingSettings
+from .records import (
+    AXES,
+    RunFolder,
+    ScoreTable,
+    Selection,
+    checked_output,
+    read_json,
+    read_yaml,
+    write_json,
+)
+from .settings import SEEDS, CalibrationSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from .models import LoadedModel
     from .scoring import Budget, Criterion
 
 PROGRAM = "rowscope"
+INTERRUPTED = 130
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 app = typer.Typer(
@@ -46,8 +56,8 @@ app.add_typer(finetune_app, name="finetune")
 def _config_option(context: typer.Context, path: Path | None) -> Path | None:
     """Make the YAML's values the defaults of the command's options: flags still win."""
     if path is not None:
-        names = {parameter.name: parameter for parameter in context.command.params}
-        values = read_yaml(path)
+        names = {parameter.name for parameter in context.command.params}
+        values = {str(name): value for name, value in read_yaml(path).items()}
         for name in values:
             if name.replace("-", "_") not in names:
                 raise unknown_name(f"setting in {path}", name, [str(known).replace("_", "-") for known in names])
@@ -60,7 +70,7 @@ Data = Annotated[
     str | None,
     typer.Option(help="Hub id, file, folder, 'demo' or 'demo-text'; by default 'demo' where MODEL is 'demo'."),
 ]
-Seed = Annotated[int, typer.Option(help="Governs everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=SEEDS - 1, help="Governs everything random.")]
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the model computes in.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -79,7 +89,7 @@ Axis = Annotated[str, typer.Option(help="row or column, for --scope layer.")]
 
 
 def _data_source(data: str | None, model: str) -> str:
-    if data is None and model != "demo":
+    if data == "" or (data is None and model != "demo"):
         raise InputError("no data: name a file, a folder or a hub id with --data")
     return data or "demo"
 
@@ -100,11 +110,14 @@ def graph(
 
     if format not in ("table", "json"):
         raise unknown_name("format", format, ["table", "json"])
+    if out is not None:
+        checked_output(out)
     loaded = models.load(model)
     groups = trace(loaded.model)
     if out is not None:
         write_groups(out, model, groups)
-        print(f"{len(groups)} coupled groups: {out}")
+        summary = {"groups": len(groups), "graph": str(out)}
+        console.print_json(summary) if as_json else print(f"{len(groups)} coupled groups: {out}")
     elif as_json or format == "json":
         console.print_json({"model": model, "groups": [group.to_json() for group in groups]})
     else:
@@ -133,6 +146,10 @@ def score(
         raise unknown_name("axis", axis, (*AXES, "both"))
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise InputError(f"--plot {plot}: name a .png or .svg file")
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out}: name a .safetensors file")
+    for path in filter(None, (out, plot)):
+        checked_output(path)
     rule = scoring.criterion(criterion)
     source = _data_source(data, model) if rule.needs_data else ""
     loaded = models.load(model, dtype=dtype, device=device)
@@ -182,6 +199,7 @@ def select(
     amount = scoring.Budget.parse(budget)
     if out.suffix not in (".safetensors", ".yaml", ".yml"):
         raise InputError(f"--out {out}: name a .safetensors or .yaml file")
+    checked_output(out)
     table = ScoreTable.load(scores)
     loaded = models.load(table.provenance.model_source) if scope == "coupled" else None
     selection = _select(table, amount, scope, axis, loaded)
@@ -226,32 +244,50 @@ def finetune_rows(
 ) -> None:
     """Train selected rows and columns, everything else frozen; the result is a PEFT adapter in a run folder."""
     from . import scoring
+    from .scoring.selection import check_scope
 
     if resume and output_dir is None:
         raise InputError("--resume needs --output-dir: name the run folder to continue")
     rule, amount = scoring.criterion(criterion), scoring.Budget.parse(budget)
     source = _data_source(data, model)
+    check_scope(scope, axis)
     given = Selection.load(selection) if selection is not None else None
     what = {"model": model, "data": source, "selection": str(selection) if selection else None}
     how = {"criterion": criterion, "budget": budget, "scope": scope, "axis": axis, "dtype": dtype}
     run = RunFolder.create(output_dir, resume=resume) if output_dir else RunFolder.next_free("rows", model)
-    if resume and run.run.is_file() and read_json(run.run).get("status") == "finished":
-        return console.print_run(run, as_json)
-    if resume and not run.run.is_file() and not run.selection.is_file():
+    is_new = not any(run.root.iterdir())
+    if resume and is_new:
         print(f"nothing to resume in {run.root}: starting afresh", file=sys.stderr)
-    run.keep_config(what | how | asdict(calibration) | asdict(training))
-    with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
-        loaded = _load_recorded(record, model, dtype, training.device)
-        if given is None:
-            started = time.perf_counter()
-            given = _own_selection(run, loaded, rule, source, calibration, amount, scope, axis, training.seed)
-            record["timings"]["score"] = time.perf_counter() - started
-        if given.model_fingerprint and given.model_fingerprint != loaded.fingerprint:
-            raise InputError(f"the selection is of another model than {model}: score and select again")
-        given.save(run.selection)
-        record["selection"] = given.origin
-        _train_rows(run, record, loaded, source, given, training)
+    with run.removed_if_refused(is_new):
+        run.keep_config(what | how | asdict(calibration) | asdict(training))
+        if run.is_finished():
+            return console.print_run(run, as_json)
+        with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
+            loaded = _load_recorded(record, model, dtype, training.device)
+            if given is None:
+                started = time.perf_counter()
+                given = _own_selection(run, loaded, rule, source, calibration, amount, scope, axis, training.seed)
+                record["timings"]["score"] = time.perf_counter() - started
+            _check_selection(given, loaded)
+            given.save(run.selection)
+            record["selection"] = given.origin
+            _train_rows(run, record, loaded, source, given, training)
     console.print_run(run, as_json)
+
+
+def _check_selection(selection: Selection, loaded: LoadedModel) -> None:
+    """Refuse a selection made on other weights, or edited until it fits no module."""
+    from . import models
+
+    if selection.model_fingerprint and selection.model_fingerprint != loaded.fingerprint:
+        raise InputError(f"the selection is of another model than {loaded.source}: score and select again")
+    modules = models.linear_modules(loaded.model)
+    for name in selection.indices:
+        if name not in modules:
+            raise InputError(f"selection: {loaded.source} has no linear module {name!r}: leave it out")
+        shape = (modules[name].out_features, modules[name].in_features)
+        if selection.shapes[name] != shape:
+            raise InputError(f"selection: {name!r} has shape {shape}, not {selection.shapes[name]}: select again")
 
 
 def _load_recorded(record: dict[str, Any], model: str, dtype: str, device: str) -> LoadedModel:
@@ -341,9 +377,11 @@ def evaluate(
     source = _data_source(data, model)
     folder = _adapter_folder(adapter) if adapter else None
     rows = datasets.load(source)[split]
+    if out is None and adapter is not None and (adapter / "run.json").is_file():
+        out = RunFolder(adapter).evaluation
+    if out is not None:
+        checked_output(out)
     loaded = models.load(model, dtype=dtype, device=device)
-    if adapter is not None:
-        _warn_of_another_base(adapter, loaded)
     started = time.perf_counter()
     before = {name: run_task(name, loaded.model, loaded.tokenizer, rows, max_length=max_length) for name in names}
     after = {}
@@ -351,6 +389,7 @@ def evaluate(
         from .finetune import load_adapter
 
         adapted = load_adapter(loaded.model, folder)
+        _warn_of_another_base(adapter or folder, loaded)
         after = {name: run_task(name, adapted, loaded.tokenizer, rows, max_length=max_length) for name in names}
     results = [
         {
@@ -368,8 +407,6 @@ def evaluate(
         "seconds": time.perf_counter() - started,
         "results": results,
     }
-    if out is None and adapter is not None and (adapter / "run.json").is_file():
-        out = RunFolder(adapter).evaluation
     if out is not None:
         write_json(out, value)
     console.print_evaluation(value, out, as_json)
@@ -377,7 +414,7 @@ def evaluate(
 
 def _warn_of_another_base(adapter: Path, loaded: LoadedModel) -> None:
     record = read_json(adapter / "run.json") if (adapter / "run.json").is_file() else {}
-    trained_on = record.get("model", {}).get("fingerprint", loaded.fingerprint)
+    trained_on = (record.get("model") or {}).get("fingerprint", loaded.fingerprint)
     if trained_on != loaded.fingerprint:
         print(f"note: {adapter} was trained on other weights than those of {loaded.source}", file=sys.stderr)
 
@@ -419,6 +456,8 @@ def demo(
 ) -> None:
     """Run the whole chain on the embedded model and data: graph, score, select, finetune, evaluate, report."""
     run = RunFolder.create(output_dir, resume=resume)
+    if run.config.is_file() and read_yaml(run.config).get("model") != "demo":
+        raise InputError(f"{output_dir} holds another run than the demo: name another --output-dir")
     zero_order = run.root / "scores-zo-taylor.safetensors"
     steps: list[tuple[str, Path | None, Callable[[], None]]] = [
         ("1/7 graph", run.graph, lambda: graph("demo", out=run.graph)),
@@ -486,6 +525,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        if status == INTERRUPTED:  # Typer has caught it
+            raise KeyboardInterrupt
         sys.exit(status if isinstance(status, int) else 0)
     except InputError as error:
         _fail(str(error))
@@ -496,14 +537,17 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
         context = getattr(error, "ctx", None)
         _fail(f"{message.rstrip('.')}; see {context.command_path if context else PROGRAM} --help")
+    except BrokenPipeError:  # who read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.filename is None and error.errno not in NO_SPACE:
             raise
         mend = "free some space" if error.errno in NO_SPACE else "check that the path exists and may be written"
         _fail(f"{error.strerror or error} ({error.filename or 'output'}): {mend}")
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"{PROGRAM}: interrupted; finetune and demo continue with --resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str) -> None:

@@ -110,6 +110,8 @@ def print_run(run: RunFolder, as_json: bool) -> None:
         rows.append(["held-out loss before", f"{result['validation_loss_before']:.4f}"])
         rows.append([f"held-out loss at step {result['best_step']}", f"{result['validation_loss']:.4f}"])
     print_table(f"finetune {record['method']} on {record['model']['source']}", ["", "value"], rows)
+    if result["validation_loss"] is not None and result["validation_loss"] >= result["validation_loss_before"]:
+        print("note: the held-out loss has not fallen: the base model is no worse; try another --learning-rate")
     print(f"adapter: {run.adapter}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class Splits:
 
     def __getitem__(self, name: str) -> Dataset:
         if name not in self.splits:
-            raise InputError(f"{self.source} has no split {name!r}: it has {', '.join(self.splits)}")
+            have = ", ".join(self.splits)
+            raise InputError(f"{self.source} has no split {name!r}: it has {have}; add one, or choose with --split")
         return self.splits[name]
 
     def held_out(self) -> Dataset | None:
@@ -48,10 +50,9 @@ def load(source: str) -> Splits:
         InputError: if it cannot be read, is empty, or has neither ``prompt`` and ``completion`` nor ``text``.
     """
     from datasets import disable_progress_bars
-    from datasets.utils.logging import set_verbosity_error
 
     disable_progress_bars()
-    set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it would log is raised, and said, below
     path = _demo_folder(source) or Path(source).expanduser()
     if path.is_file():
         splits = {"train": _read_file(path)}

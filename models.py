@@ -45,6 +45,8 @@ def resolve(source: str) -> Path:
         from .demo import MODEL_FOLDER
 
         return MODEL_FOLDER
+    if not source:
+        raise InputError("the model's name is empty: name a folder, a hub id or 'demo'")
     folder = Path(source).expanduser()
     if folder.exists():
         return _checked_folder(folder)
@@ -132,16 +134,34 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     folder = resolve(source)
     identity = fingerprint(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source} does not load as a causal language model ({reason})") from None
     model.config.name_or_path = source
+    if loading["missing_keys"]:
+        raise InputError(f"{source} lacks the tensor {min(loading['missing_keys'])}: fetch or save it again")
     check_finite(model, source)
+    check_tokenizer(model, tokenizer, source)
+    return LoadedModel(model.eval().to(device), tokenizer, source, identity)
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Give the tokenizer a padding token if it has none. Raises InputError if it cannot serve the model."""
+    if tokenizer.eos_token is None:
+        raise InputError(f"{source}: its tokenizer has no end token: set eos_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(model.eval().to(device), tokenizer, source, identity)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(f"{source}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}: use its own")
 
 
 def checked_device(device: str) -> str:
@@ -149,7 +169,8 @@ def checked_device(device: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"device {device!r} is not available here: use --device cpu") from None
     return device

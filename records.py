@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,9 +31,24 @@ AxisTensors = dict[str, dict[str, "Tensor"]]
 # ---------------------------------------------------------------------------------------------- primitives
 
 
+def checked_output(path: Path) -> Path:
+    """`path` itself, if a file can be written there.
+
+    Raises:
+        InputError: if it is a folder or a device, or its folder cannot be written to.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no ordinary file: name another one to write")
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path} cannot be written in {folder}: name a file in a folder that may be written")
+    return path
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` on success, delete it on any failure."""
+    path = checked_output(path).resolve()  # a link stays a link, its target is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
@@ -121,13 +137,16 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path} does not exist: name a {kind} file that rowscope wrote")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}: name a {kind} file that rowscope wrote")
     try:
         with safe_open(path, framework="pt") as opened:
             header = json.loads((opened.metadata() or {}).get("rowscope", "{}"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error}): write it again") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path} was not written by rowscope: name a {kind} file")
     if header.get("kind") != kind:
         raise InputError(f"{path} holds {header.get('kind', 'no rowscope data')}, not {kind}: name a {kind} file")
     _check_version(path, header.get("format_version"))
@@ -146,6 +165,8 @@ def tensor_file_kind(path: Path) -> str:
 
 
 def _check_version(path: Path, version: object) -> None:
+    if version is not None and not isinstance(version, int):
+        raise InputError(f"{path} has the odd format version {version!r}: write it again")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise InputError(f"{path} has format {version}, newer than {FORMAT_VERSION}: upgrade rowscope")
 
@@ -195,6 +216,16 @@ class Provenance:
     signal_to_noise: float | None = None
 
 
+@contextmanager
+def _damage_named(path: Path, mend: str) -> Iterator[None]:
+    """Turn what reading a wrongly edited file raises into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"[:100]
+        raise InputError(f"{path} is damaged ({reason}): {mend}") from error
+
+
 def _flatten(prefix: str, table: AxisTensors) -> dict[str, Tensor]:
     return {f"{prefix}{module}/{axis}": tensor for module, axes in table.items() for axis, tensor in axes.items()}
 
@@ -204,7 +235,7 @@ def _unflatten(prefix: str, tensors: dict[str, Tensor], order: Iterable[str] = (
     table: AxisTensors = {module: {} for module in order}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
-            module, axis = name[len(prefix) :].rsplit("/", 1)
+            module, _, axis = name[len(prefix) :].rpartition("/")
             table.setdefault(module, {})[axis] = tensor
     return {module: axes for module, axes in table.items() if axes}
 
@@ -230,6 +261,16 @@ class ScoreTable:
     halves: tuple[AxisTensors, AxisTensors] | tuple[()] = ()
     noise: AxisTensors = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise InputError("there are no scores in the table: score again")
+        for table in (self.scores, self.weight_norm, self.noise, *self.halves):
+            for module, axes in table.items():
+                for axis, scores in axes.items():
+                    size = self.provenance.shapes[module][AXES.index(axis)] if axis in AXES else -1
+                    if scores.shape != (size,):
+                        raise InputError(f"scores: {module!r} has no {size} scores of its {axis}s: score again")
+
     def save(self, path: Path) -> None:
         """Write ``scores.safetensors``."""
         tensors = _flatten("scores/", self.scores) | _flatten("weight_norm/", self.weight_norm)
@@ -243,14 +284,22 @@ class ScoreTable:
         """Read ``scores.safetensors``. Raises InputError if it is no such file."""
         tensors, header = read_tensors(path, "scores")
         fields = {name: header[name] for name in Provenance.__dataclass_fields__ if name in header}
-        try:
-            fields["shapes"] = {module: tuple(shape) for module, shape in fields["shapes"].items()}
+        with _damage_named(path, "score again"):
+            fields["shapes"] = {module: (int(shape[0]), int(shape[1])) for module, shape in fields["shapes"].items()}
+            fields["layers"] = [str(layer) for layer in fields["layers"]]
+            ratio = fields.get("signal_to_noise")
+            fields["signal_to_noise"] = None if ratio is None else float(ratio)
             provenance = Provenance(**fields)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path} lacks {error} in its metadata: score again") from None
         read = {prefix: _unflatten(f"{prefix}/", tensors, provenance.shapes) for prefix in cls._PREFIXES}
         halves = (read["halves/a"], read["halves/b"])
-        return cls(read["scores"], read["weight_norm"], provenance, halves if all(halves) else (), read["noise"])
+        with _damage_named(path, "score again"):
+            return cls(read["scores"], read["weight_norm"], provenance, halves if all(halves) else (), read["noise"])
+
+
+def _whole_numbers(values: Any) -> list[int]:
+    if not all(type(value) is int for value in values):
+        raise ValueError("indices must be whole numbers")
+    return list(values)
 
 
 @dataclass(frozen=True)
@@ -271,6 +320,8 @@ class Selection:
 
     def __post_init__(self) -> None:
         for module, axes in self.indices.items():
+            if not isinstance(module, str) or not axes:
+                raise InputError(f"selection: {module!r} trains nothing: give it 'row: [...]', or leave it out")
             if module not in self.shapes:
                 raise InputError(f"selection: module {module!r} has indices but no shape: add it under 'shapes'")
             for axis, index in axes.items():
@@ -322,7 +373,7 @@ class Selection:
             _check_version(path, header.get("format_version"))
             try:
                 indices = {
-                    module: {axis: torch.tensor(values, dtype=torch.int64) for axis, values in axes.items()}
+                    module: {axis: torch.tensor(_whole_numbers(values)) for axis, values in axes.items()}
                     for module, axes in header["indices"].items()
                 }
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -336,7 +387,9 @@ class Selection:
             raise InputError(
                 f"{path}: unreadable shapes ({error}): write 'module: [out_features, in_features]'"
             ) from None
-        return cls(indices, shapes, str(header.get("model_fingerprint", "")), dict(header.get("origin") or {}))
+        with _damage_named(path, "select again"):
+            origin = {str(name): str(value) for name, value in (header.get("origin") or {}).items()}
+            return cls(indices, shapes, str(header.get("model_fingerprint") or ""), origin)
 
 
 # ---------------------------------------------------------------------------------------------- the run folder
@@ -353,10 +406,15 @@ class RunFolder:
         """Make the folder. Raises InputError if it already holds something and `resume` is not asked for."""
         if root.exists() and not root.is_dir():
             raise InputError(f"{root} is a file: name a folder with --output-dir")
-        if root.is_dir() and any(root.iterdir()) and not resume:
-            raise InputError(f"{root} is not empty: add --resume to continue it, or name another --output-dir")
+        run = cls(root)
+        if root.is_dir() and any(root.iterdir()):
+            if not resume:
+                raise InputError(f"{root} is not empty: add --resume to continue it, or name another --output-dir")
+            if not any(path.exists() for path in (run.config, run.run, run.graph, run.scores, run.selection)):
+                raise InputError(f"{root} holds other things than a run: name another --output-dir")
+        checked_output(run.run)
         root.mkdir(parents=True, exist_ok=True)
-        return cls(root)
+        return run
 
     @classmethod
     def next_free(cls, method: str, model: str, parent: Path = Path("runs")) -> RunFolder:
@@ -442,6 +500,10 @@ class RunFolder:
             "versions": versions(),
             "timings": {},
         }
+        with self._locked():
+            yield from self._record_status(record)
+
+    def _record_status(self, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
         write_json(self.run, record)
         try:
             yield record
@@ -451,6 +513,36 @@ class RunFolder:
             raise
         finally:
             write_json(self.run, record)
+
+    def is_finished(self) -> bool:
+        """Whether the run ended well and its adapter is still there."""
+        record = read_json(self.run) if self.run.is_file() else {}
+        whole = record.get("status") == "finished" and "result" in record and "total_parameters" in record
+        return whole and (self.adapter / "adapter_config.json").is_file()
+
+    @contextmanager
+    def removed_if_refused(self, is_new: bool) -> Iterator[None]:
+        """A run that is refused before it has a checkpoint leaves no folder behind, if the folder was new."""
+        try:
+            yield
+        except InputError:
+            if is_new and not self.checkpoints.exists():
+                shutil.rmtree(self.root)
+            raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes out; the lock goes with the process, however it ends."""
+        with open(self.root / ".lock", "w") as lock:
+            try:
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows has no such lock
+                pass
+            except BlockingIOError:
+                raise InputError(f"{self.root} is in use by another process: wait, or name another") from None
+            yield
 
     def score_tables(self) -> list[Path]:
         """All score files of the run: the one that selected first, then ``scores-*.safetensors`` by name."""
@@ -465,11 +557,15 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """Lines of ``log.jsonl``; a last line that was cut off by a crash is left out."""
         lines = []
-        for text in self.log.read_text(encoding="utf-8").splitlines() if self.log.is_file() else []:
+        texts = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else []
+        for text in texts:
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                break
+            lines.append(line)
         return lines
 
     def rewind_log(self, step: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from .errors import InputError, unknown_name
 
 T = TypeVar("T")
+SEEDS = 2**32
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
 def setting(default: Any, description: str, minimum: float | None = None) -> Any:
@@ -20,7 +23,11 @@ def check_minimums(value: Any) -> None:
     """Raise an InputError for a field of the dataclass `value` that is below its minimum."""
     for field in dataclasses.fields(value):
         number, minimum = getattr(value, field.name), field.metadata.get("minimum")
-        if minimum is not None and number is not None and not number >= minimum:
+        if minimum is None or number is None:
+            continue
+        if not math.isfinite(number):
+            raise InputError(f"{field.name}={number} is no number to work with: use at least {minimum:g}")
+        if number < minimum:
             raise InputError(f"{field.name}={number} is too small: use at least {minimum:g}")
 
 
@@ -45,7 +52,7 @@ class TrainingSettings:
     num_train_epochs: float = setting(1.0, "Passes over the training data, unless max_steps is given.", minimum=0)
     per_device_train_batch_size: int = setting(8, "Examples per forward pass and device, evaluation too.", minimum=1)
     gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.", minimum=1)
-    lr_scheduler_type: str = setting("cosine", "Name of a schedule of transformers: cosine, linear, constant, ...")
+    lr_scheduler_type: str = setting("cosine", f"One of {', '.join(SCHEDULES)}.")
     warmup_steps: float = setting(0.03, "Steps of linear warm-up; below 1, their share of all steps.", minimum=0)
     weight_decay: float = setting(0.0, "Of AdamW, on the trained weights.", minimum=0)
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this L2 norm.", minimum=0)
@@ -56,10 +63,14 @@ class TrainingSettings:
     logging_steps: int = setting(1, "Steps between lines of the log.", minimum=1)
     activation_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     seed: int = setting(0, "Governs everything random.", minimum=0)
-    device: str = setting("cpu", "cpu or cuda.")
+    device: str = setting("cpu", "As torch names it: cpu, cuda.")
 
     def __post_init__(self) -> None:
         check_minimums(self)
+        if self.seed >= SEEDS:
+            raise InputError(f"seed={self.seed} is too large: use one below {SEEDS}")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise unknown_name("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs == 0):
             raise InputError(f"max_steps={self.max_steps} trains nothing: use at least 1, or -1 with num_train_epochs")
 

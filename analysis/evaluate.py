@@ -18,6 +18,7 @@ from ..errors import InputError, unknown_name
 
 LanguageModel = PreTrainedModel | PeftModel
 ANSWER_MARK = "####"
+MOST_NATS = 700  # e to more is no float
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def perplexity(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, rows: D
         raise InputError(f"no example has a token to predict within {max_length}: raise --max-length")
     mean = float(loss.sum() / count.sum())
     spread = float((loss - mean * count).square().sum().sqrt() / count.sum())
+    if mean > MOST_NATS:
+        raise InputError(f"the mean loss is {mean:.0f} nats per token: no perplexity of that can be written")
     value = math.exp(mean)
     return Evaluation(value, value * spread, len(rows))
 

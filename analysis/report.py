@@ -19,6 +19,7 @@ from ..records import (
     RunFolder,
     ScoreTable,
     Selection,
+    checked_output,
     read_json,
     read_yaml,
     tensor_file_kind,
@@ -78,9 +79,10 @@ def render(paths: Sequence[Path], out: Path) -> Path:
     Raises:
         InputError: if a path does not exist, is none of these, or is damaged; nothing is written then.
     """
+    checked_output(out)
     contents = [_read(path) for path in paths]
     writer = FigureWriter()
-    chapters = [(entry.name, list(_sections(entry, writer))) for entry in contents]
+    chapters = [(entry.name, _chapter(entry, writer)) for entry in contents]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -98,6 +100,14 @@ def render(paths: Sequence[Path], out: Path) -> Path:
             writer.save(entry.name, entry.run.figures)
     write_text(out, page)
     return out
+
+
+def _chapter(entry: Contents, writer: FigureWriter) -> list[Section]:
+    try:
+        return list(_sections(entry, writer))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"[:100]
+        raise InputError(f"{entry.name} holds a damaged file ({reason}): make it again") from error
 
 
 class FigureWriter:

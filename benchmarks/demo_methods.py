@@ -5,11 +5,10 @@
 Every method gets the budget of a LoRA of rank 16 on all linear layers, the same data, steps and batch, no dropout, and
 the best of the same learning rates by held-out loss over the seeds. Printed are means and standard errors over the
 seeds (which order the data, draw LoRA's start and the random control) of held-out loss and of exact match on the test
-split.
+split. The file is updated after every method.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from dataclasses import replace
@@ -23,7 +22,7 @@ from rowscope.analysis.evaluate import evaluate
 from rowscope.finetune import train
 from rowscope.graph import trace
 from rowscope.models import linear_modules
-from rowscope.records import RunFolder, versions, write_json
+from rowscope.records import RunFolder, read_json, versions, write_json
 from rowscope.settings import TrainingSettings
 
 RANK = 16
@@ -80,22 +79,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_methods.json")
     options = parser.parse_args()
     base = TrainingSettings(
         max_steps=options.steps, per_device_train_batch_size=16, eval_steps=options.steps, save_steps=options.steps
     )
-    cells = []
+    cells = read_json(options.out)["cells"] if options.out.is_file() else []
     print(f"{options.steps} steps, {options.seeds} seeds")
     print("| method | trainable | learning rate | held-out loss | exact match |\n|---|---|---|---|---|")
-    for method in METHODS:
+    for method in options.methods:
         configs = [configuration(method, seed) for seed in range(options.seeds)]
         rows = []
         for rate in LEARNING_RATES:
             found = [run(config, replace(base, learning_rate=rate, seed=seed)) for seed, config in enumerate(configs)]
             loss, exact = (mean_and_error([cell[name] for cell in found]) for name in ("loss", "exact_match"))
             rows.append({"method": method, "learning_rate": rate, "loss": loss, "exact_match": exact, "seeds": found})
-        cells += rows
+        cells = [cell for cell in cells if cell["method"] != method] + rows
+        write_json(options.out, {"steps": options.steps, "versions": versions(), "cells": cells})
         best = min(rows, key=lambda row: row["loss"][0])
         (loss, loss_error), (exact, exact_error) = best["loss"], best["exact_match"]
         print(
@@ -103,8 +104,6 @@ def main() -> None:
             f"| {loss:.4f} ± {loss_error:.4f} | {exact:.1%} ± {exact_error:.1%} |",
             flush=True,
         )
-    write_json(options.out, {"steps": options.steps, "versions": versions(), "cells": cells})
-    print(json.dumps({"written": str(options.out)}))
 
 
 if __name__ == "__main__":

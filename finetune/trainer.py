@@ -88,6 +88,10 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         loss = (metrics or {})["eval_loss"]
+        if not math.isfinite(loss):
+            raise InputError(
+                f"training diverged: the held-out loss is {loss} at step {state.global_step}: lower the learning rate"
+            )
         self.run.append_log({"step": state.global_step, "validation_loss": loss})
         if state.best_metric is None or loss < state.best_metric:
             control.should_save = True

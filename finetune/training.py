@@ -216,6 +216,9 @@ def train(
         if state is None or state.global_step < max(settings.max_steps, state.max_steps):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise InputError(f"training diverged: {name} holds NaN or infinity: lower the learning rate")
     best_step = state.best_global_step or state.global_step
     publish_adapter(run.checkpoints / f"checkpoint-{best_step}", run.adapter, base_model)
     parameters = adapted.get_nb_trainable_parameters()

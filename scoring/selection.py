@@ -62,10 +62,7 @@ def select(
     Raises:
         InputError: for an unknown scope or axis, NaN scores, missing scores, or a budget that does not fit.
     """
-    if scope not in SCOPES:
-        raise unknown_name("scope", scope, SCOPES)
-    if axis not in AXES:
-        raise unknown_name("axis", axis, AXES)
+    check_scope(scope, axis)
     shapes = table.provenance.shapes
     families = _coupled_families(table, groups) if scope == "coupled" else _module_families(table, axis)
     for family in families:
@@ -84,6 +81,14 @@ def select(
     chosen_shapes = {module: shape for module, shape in shapes.items() if module in indices}  # in the model's order
     ordered = {module: indices[module] for module in chosen_shapes}
     return Selection(ordered, chosen_shapes, table.provenance.model_fingerprint, origin)
+
+
+def check_scope(scope: str, axis: str) -> None:
+    """Raise an InputError unless both are known."""
+    if scope not in SCOPES:
+        raise unknown_name("scope", scope, SCOPES)
+    if axis not in AXES:
+        raise unknown_name("axis", axis, AXES)
 
 
 def _module_families(table: ScoreTable, axis: str) -> list[Family]:

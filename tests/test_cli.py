@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def small_data(folder, splits=("train", "validation", "test"), examples=6):
 def test_the_chain_by_commands(capsys, tmp_path):
     """Guards the joints: graph, score, select, finetune, evaluate and report take each other's files."""
     data = small_data(tmp_path)
-    assert run("graph", "demo", "--out", "graph.json") == 0
+    assert run_ok(capsys, "graph", "demo", "--out", "graph.json")["groups"] == 25
     assert len(read_groups(tmp_path / "graph.json")) == 1 + 3 * 8
     summary = run_ok(capsys, "score", "demo", "--data", data, *FAST, "--plot", "map.png", "--out", "s.safetensors")
     assert summary["backward_passes"] == 2
@@ -96,6 +97,11 @@ def test_finetune_scores_and_selects_by_itself(capsys, tmp_path):
     again = run_ok(capsys, *arguments, "--budget", "rank=2", "--axis", "column", "--resume")
     assert again == first
     assert "add --resume" in run_bad(capsys, *arguments)
+    changed = [*arguments, "--budget", "rank=3", "--axis", "column", "--resume"]
+    assert "budget was rank=2, is rank=3" in run_bad(capsys, *changed)
+    shutil.rmtree(folder.adapter)
+    assert run(*arguments, "--budget", "rank=2", "--axis", "column", "--resume") == 0
+    assert (folder.adapter / "adapter_model.safetensors").is_file(), "a lost adapter is made again"
 
 
 def test_an_interrupted_run_resumes_to_the_same_adapter(capsys, tmp_path, monkeypatch):
@@ -105,6 +111,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(capsys, tmp_path, monkey
     data = small_data(tmp_path)
     arguments = ["finetune", "rows", "demo", "--data", data, *TRAIN]
     assert run(*arguments, "--output-dir", "straight") == 0
+    capsys.readouterr()
 
     def interrupt(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -113,6 +120,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(capsys, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(MemoryCallback, "on_step_end", interrupt)
         assert run(*arguments, "--output-dir", "torn") == 130
+    assert "interrupted" in capsys.readouterr().err
     torn = RunFolder(tmp_path / "torn")
     assert read_json(torn.run)["status"] == "interrupted"
     assert "started otherwise (seed was 0, is 1)" in run_bad(
@@ -165,6 +173,18 @@ def test_scores_of_one_seed_are_equal(tmp_path):
         ("score demo --criterion tailor", "did you mean 'taylor'"),
         ("score demo --seed x", "--seed"),
         ("score demo --axis diagonal", "unknown axis"),
+        ("score demo --seed -1", "--seed"),
+        ("score demo --out odd.yaml", "name a .safetensors file"),
+        ("score demo --out /dev/full", "name a .safetensors file"),
+        ("score demo --data ", "no data"),
+        ("finetune rows demo --seed 4294967296", "seed=4294967296 is too large"),
+        ("finetune rows demo --lr-scheduler-type cosin", "did you mean 'cosine'"),
+        ("finetune rows demo --num-train-epochs inf", "num_train_epochs=inf"),
+        ("finetune rows demo --learning-rate nan", "learning_rate=nan"),
+        ("finetune rows demo --scope coupld", "did you mean 'coupled'"),
+        ("finetune rows demo --data nowhere.jsonl --output-dir a", "nowhere.jsonl does not exist"),
+        ("finetune rows ./nowhere --data demo --output-dir a", "does not exist"),
+        ("finetune rows demo --selection bad.yaml --output-dir a", "has no linear module 'm'"),
         ("score demo --plot x.gif", "name a .png or .svg file"),
         ("score ./nowhere --data demo", "does not exist"),
         ("score . --data demo", "no config.json"),
@@ -195,9 +215,10 @@ def test_scores_of_one_seed_are_equal(tmp_path):
 def test_bad_input(capsys, tmp_path, arguments, message):
     """Guards the refusals: one line, what and where and the mend, exit 2, nothing written."""
     (tmp_path / "broken.jsonl").write_text("{\n")
-    line = run_bad(capsys, *arguments.split())
+    (tmp_path / "bad.yaml").write_text("kind: selection\nindices: {m: {row: [0]}}\nshapes: {m: [2, 2]}\n")
+    line = run_bad(capsys, *arguments.split(" "))
     assert message in line, line
-    assert sorted(os.listdir(tmp_path)) == ["broken.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["bad.yaml", "broken.jsonl"]
 
 
 def test_data_is_needed_for_other_models(capsys, demo):

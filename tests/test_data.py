@@ -53,7 +53,7 @@ def test_a_folder_holds_a_file_a_split(tmp_path):
     assert sorted(splits.splits) == ["test", "train"]
     assert splits.held_out() is None
     assert splits["train"].column_names == ["prompt", "completion"]
-    with pytest.raises(InputError, match="has no split 'validation': it has train, test"):
+    with pytest.raises(InputError, match="has no split 'validation': it has train, test; add one"):
         splits["validation"]
 
 

@@ -1,5 +1,6 @@
 """Models load from every kind of name, or are refused in one line."""
 
+import json
 import shutil
 
 import pytest
@@ -92,6 +93,40 @@ def test_truncated_weights_are_refused(folder):
         load_model(str(folder))
 
 
+def test_a_missing_tensor_is_named(folder):
+    """Guards against random weights in place of lost ones."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks the tensor model\.layers\.0\.mlp\.up_proj\.weight"):
+        load_model(str(folder))
+
+
+def test_custom_code_is_never_run(folder):
+    """Guards the user's machine: a checkpoint that brings code is refused, not asked about."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "m.C", "AutoModelForCausalLM": "m.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "m.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    with pytest.raises(InputError):
+        load_model(str(folder))
+    assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_that_does_not_fit(folder):
+    """Guards training: without an end token, or with more tokens than the model knows, nothing is started."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None, "pad_token": None}))
+    with pytest.raises(InputError, match="set eos_token"):
+        load_model(str(folder))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{number}" for number in range(5)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="use its own"):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize(
     ("remove", "message"), [("config.json", "no config.json"), ("model.safetensors", "no .safetensors weights")]
 )
@@ -111,7 +146,8 @@ def test_unknown_models(source):
 
 def test_unknown_devices_and_dtypes():
     """Guards --device and --dtype."""
-    with pytest.raises(InputError, match="device 'tpu' is not available"):
-        load_model("demo", device="tpu")
+    for device in ("tpu", "meta"):
+        with pytest.raises(InputError, match=f"device '{device}' is not available"):
+            load_model("demo", device=device)
     with pytest.raises(InputError, match="unknown dtype 'int8'"):
         load_model("demo", dtype="int8")

@@ -109,6 +109,12 @@ def test_impossible_indices_are_refused(index, message):
         ("kind: selection\nshapes: {m: [2, 2]}\n", "unreadable indices"),
         ("kind: selection\nindices: {m: {row: [0]}}\n", "unreadable shapes"),
         ("kind: selection\nindices: {m: {row: [zero]}}\nshapes: {m: [2, 2]}\n", "unreadable indices"),
+        ("kind: selection\nindices: {m: {row: [1.5]}}\nshapes: {m: [2, 2]}\n", "unreadable indices"),
+        ("kind: selection\nindices: {m: {row: [true]}}\nshapes: {m: [2, 2]}\n", "unreadable indices"),
+        ("kind: selection\nindices: {m: {}}\nshapes: {m: [2, 2]}\n", "trains nothing"),
+        ("kind: selection\nindices: {5: {row: [0]}}\nshapes: {5: [2, 2]}\n", "trains nothing"),
+        ("kind: selection\norigin: abc\nindices: {m: {row: [0]}}\nshapes: {m: [2, 2]}\n", "is damaged"),
+        ("kind: selection\nformat_version: two\n", "odd format version"),
         ("kind: selection\nindices: {m: {diagonal: [0]}}\nshapes: {m: [2, 2]}\n", "use 'row' or 'column'"),
         ("kind: selection\nindices: {m: {row: [0]}}\nshapes: {}\n", "no shape"),
         ("indices: {}\n", "is no selection"),
@@ -176,12 +182,15 @@ def test_json_says_its_version(tmp_path):
 def test_run_folders_are_not_overwritten(tmp_path):
     """Guards older runs: a non-empty folder needs --resume, names count up, files are no folders."""
     run = RunFolder.create(tmp_path / "runs" / "a")
-    write_text(run.log, "")
+    write_text(run.config, "")
     with pytest.raises(InputError, match="add --resume"):
         RunFolder.create(run.root)
     assert RunFolder.create(run.root, resume=True) == run
     with pytest.raises(InputError, match="is a file"):
-        RunFolder.create(run.log)
+        RunFolder.create(run.config)
+    write_text(tmp_path / "model" / "config.json", "{}")
+    with pytest.raises(InputError, match="other things than a run"):
+        RunFolder.create(tmp_path / "model", resume=True)
     names = [RunFolder.next_free("rows", "some/model", tmp_path / "runs").root.name for _ in range(2)]
     assert names == ["rows-model-1", "rows-model-2"]
 
@@ -212,6 +221,51 @@ def test_a_run_is_recorded_to_its_end(tmp_path):
     ):
         raise KeyboardInterrupt
     assert read_json(run.run)["status"] == "interrupted"
+
+
+def test_a_run_in_use_is_left_alone(tmp_path):
+    """Guards two processes in one folder: the second is refused, and the lock goes with the first."""
+    run = RunFolder.create(tmp_path / "a")
+    with run.recorded(["rowscope"], "rows", 0, "cpu"):
+        with pytest.raises(InputError, match="in use by another process"), run.recorded(["x"], "rows", 0, "cpu"):
+            pass
+        assert read_json(run.run)["command"] == ["rowscope"]
+    with run.recorded(["y"], "rows", 0, "cpu"):
+        pass
+
+
+def test_only_ordinary_files_are_replaced(tmp_path):
+    """Guards --out: a device or a folder is refused, and a link is kept, its target written."""
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "target.json"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(InputError, match="no ordinary file"):
+            write_json(path, {})
+    write_json(target, {"a": 1})
+    link.symlink_to(target)
+    write_json(link, {"a": 2})
+    assert link.is_symlink()
+    assert read_json(target)["a"] == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"scores/model.layers.0.mlp.up_proj/row": torch.ones(3)},
+        {"scores/model.layers.0.mlp.up_proj/row": torch.ones(7, 2)},
+        {"scores/model.layers.0.mlp.up_proj/diagonal": torch.ones(7)},
+        {"scores/elsewhere/row": torch.ones(7)},
+        {"scores/nothing": torch.ones(7)},
+        {"weight_norm/model.layers.0.mlp.up_proj/row": torch.ones(7)},
+    ],
+)
+def test_edited_score_tables_are_refused(tmp_path, damage):
+    """Guards selections: scores that are too few, of no module or of no axis never decide anything."""
+    written = table()
+    header = {**written.provenance.__dict__}
+    write_tensors(tmp_path / "s.safetensors", damage, "scores", header)
+    with pytest.raises(InputError, match="score again"):
+        ScoreTable.load(tmp_path / "s.safetensors")
 
 
 def test_other_settings_do_not_resume(tmp_path):
