@@ -134,7 +134,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     folder = resolve(source)
     identity = fingerprint(folder)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -145,6 +145,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{source} does not load as a causal language model ({reason})") from None
+    model, loading = pair
     model.config.name_or_path = source
     if loading["missing_keys"]:
         raise InputError(f"{source} lacks the tensor {min(loading['missing_keys'])}: fetch or save it again")
@@ -159,7 +160,8 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         raise InputError(f"{source}: its tokenizer has no end token: set eos_token in tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(f"{source}: its tokenizer has {len(tokenizer)} tokens, the model only {rows}: use its own")
 

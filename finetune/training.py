@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -87,10 +88,11 @@ def _wrap(model: PreTrainedModel, config: PeftConfig) -> tuple[PeftModel, str | 
     return adapted, config.base_model_name_or_path or model.name_or_path or None
 
 
-def _checkpointing_argument() -> str:
-    """The argument's name: transformers renamed it between the versions that are supported."""
+def _checkpointing(settings: TrainingSettings) -> dict[str, Any]:
+    """Transformers renamed the argument between the versions that are supported."""
     names = {field.name for field in fields(SFTConfig)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: settings.activation_checkpointing}
 
 
 def _training_arguments(settings: TrainingSettings, run: RunFolder, evaluates: bool, resumes: bool) -> SFTConfig:
@@ -119,7 +121,7 @@ def _training_arguments(settings: TrainingSettings, run: RunFolder, evaluates: b
         logging_steps=settings.logging_steps,
         # The filter would log an earlier loss in place of NaN.
         logging_nan_inf_filter=False,
-        **{_checkpointing_argument(): settings.activation_checkpointing},
+        **_checkpointing(settings),
         # Neither autocast nor a cast: the model computes in the dtype it was loaded in.
         bf16=False,
         seed=settings.seed,
