@@ -28,6 +28,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             # PEFT goes on with what it has; an adapter with parts missing is another model.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (KeyError, OSError, RuntimeError, SafetensorError, UserWarning, ValueError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        UserWarning,
+        ValueError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder} is damaged or no adapter of this model ({reason}): use its own model") from error

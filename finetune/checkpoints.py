@@ -30,11 +30,13 @@ def is_valid(checkpoint: Path) -> bool:
     saved_by_torch = [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]
     try:
         # The Trainer writes its state last.
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        if state["global_step"] != checkpoint_step(checkpoint):
+            return False
         json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
         with safe_open(checkpoint / SAFETENSORS_WEIGHTS_NAME, framework="pt"):
             pass  # Opening compares the file's length with its header.
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
     # A zip archive has its directory at the end: what was cut off is none.
     return len(saved_by_torch) > 2 and all(map(zipfile.is_zipfile, saved_by_torch))

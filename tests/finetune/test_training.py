@@ -110,10 +110,12 @@ class Interrupt(TrainerCallback):
 
 
 def tear(checkpoint, name, keep):
-    """Cut a file of a checkpoint to a part of its length; None removes it."""
+    """Cut a file of a checkpoint to a part of its length; None removes it, bytes take its place."""
     file = checkpoint / name
     if keep is None:
         file.unlink()
+    elif isinstance(keep, bytes):
+        file.write_bytes(keep)
     else:
         file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
 
@@ -126,6 +128,7 @@ def tear(checkpoint, name, keep):
         ("adapter_model.safetensors", 0.9, 2),
         ("trainer_state.json", 0.5, 2),
         ("trainer_state.json", None, 2),
+        ("trainer_state.json", b"{}", 2),
         ("rng_state.pth", None, 2),
     ],
 )
