@@ -32,7 +32,6 @@ METHODS = {
     "coupled channels, zo-taylor": ("zo-taylor:passes=256", "coupled", "row"),
     "coupled channels, magnitude": ("magnitude", "coupled", "row"),
     "coupled channels, random": ("random", "coupled", "row"),
-    "rows, taylor": ("taylor", "layer", "row"),
     "columns, taylor": ("taylor", "layer", "column"),
     "LoRA": None,
 }
