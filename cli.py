@@ -19,16 +19,8 @@ from . import console
 from ._version import VERSION
 from .errors import InputError, unknown_name
 from .options import command
-from .records import (
-    AXES,
-    RunFolder,
-    ScoreTable,
-    Selection,
-    checked_output,
-    read_json,
-    read_yaml,
-    write_json,
-)
+from .records import AXES, ScoreTable, Selection, checked_output, read_json, read_yaml, write_json
+from .runs import RunFolder
 from .settings import SEEDS, CalibrationSettings, TrainingSettings
 
 if TYPE_CHECKING:

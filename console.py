@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import AXES, RunFolder, ScoreTable, Selection, read_json
+from .records import AXES, ScoreTable, Selection, read_json
+from .runs import RunFolder
 
 if TYPE_CHECKING:
     from .graph import CouplingGroup

@@ -14,17 +14,8 @@ from matplotlib.figure import Figure
 
 from .._version import VERSION
 from ..errors import InputError
-from ..records import (
-    AXES,
-    RunFolder,
-    ScoreTable,
-    Selection,
-    checked_output,
-    read_json,
-    read_yaml,
-    tensor_file_kind,
-    write_text,
-)
+from ..records import AXES, ScoreTable, Selection, checked_output, read_json, read_yaml, tensor_file_kind, write_text
+from ..runs import RunFolder
 from ..scoring.agreement import agreement, norm_agreement, split_half
 from . import figures
 

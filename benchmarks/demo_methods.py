@@ -22,7 +22,8 @@ from rowscope.analysis.evaluate import evaluate
 from rowscope.finetune import train
 from rowscope.graph import trace
 from rowscope.models import linear_modules
-from rowscope.records import RunFolder, read_json, versions, write_json
+from rowscope.records import read_json, write_json
+from rowscope.runs import RunFolder, versions
 from rowscope.settings import TrainingSettings
 
 RANK = 16

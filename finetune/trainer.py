@@ -11,7 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
 from ..errors import InputError
-from ..records import RunFolder
+from ..runs import RunFolder
 
 
 class QuietTrainer(SFTTrainer):

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from ..errors import InputError
-from ..records import RunFolder
+from ..runs import RunFolder
 from ..settings import TrainingSettings
 from .checkpoints import checkpoint_step, checkpoints_by_step, newest_valid_checkpoint, publish_adapter
 from .quiet import quiet_libraries

@@ -14,7 +14,8 @@ import torch
 
 from rowscope import ScoreTable, Selection, cli
 from rowscope.graph import read_groups
-from rowscope.records import RunFolder, read_json, read_yaml
+from rowscope.records import read_json, read_yaml
+from rowscope.runs import RunFolder
 
 FAST = ["--score-batches", "2", "--score-batch-size", "2", "--score-tokens", "48"]
 TRAIN = [*FAST, "--max-steps", "4", "--per-device-train-batch-size", "2", "--eval-steps", "4", "--save-steps", "2"]

@@ -3,7 +3,8 @@
 import pytest
 
 from rowscope import Selection, cli
-from rowscope.records import RunFolder, read_json
+from rowscope.records import read_json
+from rowscope.runs import RunFolder
 
 
 @pytest.mark.slow

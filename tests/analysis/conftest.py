@@ -6,7 +6,8 @@ import numpy
 import pytest
 import torch
 
-from rowscope.records import Provenance, RunFolder, ScoreTable, Selection, write_json, write_text, write_yaml
+from rowscope.records import Provenance, ScoreTable, Selection, write_json, write_text, write_yaml
+from rowscope.runs import RunFolder
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS = 192, 512, 64, 8
 FINGERPRINT = "5e0f" * 16

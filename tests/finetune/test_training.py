@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from rowscope import InputError, RowsConfig, Selection
 from rowscope.finetune import TrainingSettings, newest_valid_checkpoint, train
-from rowscope.records import RunFolder
+from rowscope.runs import RunFolder
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 SUMS = [(a, b) for a in range(6) for b in range(5)]
