@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .finetune import RowsConfig as RowsConfig
     from .finetune import RowsModel as RowsModel
     from .graph import CouplingGroup as CouplingGroup
+    from .graph import ModelGraph as ModelGraph
     from .graph import trace as trace
     from .models import load as load_model  # noqa: F401
     from .records import ScoreTable as ScoreTable
@@ -27,6 +28,7 @@ _HOMES = {
     "Budget": ("scoring", "Budget"),
     "CouplingGroup": ("graph", "CouplingGroup"),
     "InputError": ("errors", "InputError"),
+    "ModelGraph": ("graph", "ModelGraph"),
     "RowsConfig": ("finetune", "RowsConfig"),
     "RowsModel": ("finetune", "RowsModel"),
     "ScoreTable": ("records", "ScoreTable"),

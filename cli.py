@@ -105,7 +105,7 @@ def graph(
     if out is not None:
         checked_output(out)
     loaded = models.load(model)
-    groups = trace(loaded.model)
+    groups = trace(loaded.model).groups
     if out is not None:
         write_groups(out, model, groups)
         summary = {"groups": len(groups), "graph": str(out)}
@@ -207,7 +207,7 @@ def _select(table: ScoreTable, budget: Budget, scope: str, axis: str, loaded: Lo
         return scoring.select(table, budget, scope=scope, axis=axis)
     if loaded.fingerprint != table.provenance.model_fingerprint:
         raise InputError(f"the scores are of another model than {loaded.source}: score it again")
-    return scoring.select(table, budget, scope=scope, groups=trace(loaded.model))
+    return scoring.select(table, budget, scope=scope, groups=trace(loaded.model).groups)
 
 
 @finetune_app.callback()

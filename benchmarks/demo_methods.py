@@ -49,7 +49,7 @@ def configuration(method: str, seed: int):
     criterion, scope, axis = choice
     batches = data.calibration_batches(data.load("demo")["train"], loaded.tokenizer, seed=seed)
     table = scoring.score(loaded, rowscope.criterion(criterion), batches, seed=seed)
-    groups = trace(loaded.model) if scope == "coupled" else ()
+    groups = trace(loaded.model).groups if scope == "coupled" else ()
     return RowsConfig.from_selection(
         rowscope.select(table, Budget("lora", RANK), scope=scope, axis=axis, groups=groups)
     )

@@ -22,7 +22,8 @@ from ..errors import InputError
 from .attention import AttentionLayout, AttentionTrace, Projection
 from .backend import PortGraph, port_graph
 from .channels import channel_tables
-from .structure import CouplingGroup, Member, Port, compact
+from .indices import IndexMap
+from .structure import CouplingGroup, Member, ModelGraph, Port
 
 Axes = dict[Port, str]
 
@@ -37,7 +38,7 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo).train(False)
 
 
-def trace(model: PreTrainedModel) -> list[CouplingGroup]:
+def trace(model: PreTrainedModel) -> ModelGraph:
     """Coupled groups of a decoder language model; the model itself is not touched.
 
     Groups: per block the feed-forward channels (``mlp``), value/output (``attention-vo``) and query/key channels
@@ -54,7 +55,9 @@ def trace(model: PreTrainedModel) -> list[CouplingGroup]:
     found = []
     for vertices in _components(ports):
         found += _groups_of(bones, ports, vertices, layouts)
-    return sorted(found, key=lambda group: _order(bones, group))
+    groups = tuple(sorted(found, key=lambda group: _order(bones, group)))
+    shapes = {name: tuple(parameter.shape) for name, parameter in bones.named_parameters()}
+    return ModelGraph(groups, shapes, blocks=tuple(models.layers(bones)))
 
 
 def _components(ports: PortGraph) -> list[set[Hashable]]:
@@ -69,7 +72,12 @@ def _components(ports: PortGraph) -> list[set[Hashable]]:
 def _groups_of(
     bones: PreTrainedModel, ports: PortGraph, vertices: set[Hashable], layouts: dict[str, AttentionLayout]
 ) -> list[CouplingGroup]:
-    axes: Axes = dict(sorted(entry for vertex in vertices for entry in ports.ports[vertex]))
+    axes: Axes = dict(
+        sorted(
+            (entry for vertex in vertices for entry in ports.ports[vertex]),
+            key=lambda entry: (entry[0].parameter, entry[0].dim),
+        )
+    )
     owners = [name for name, vertex in ports.attention.items() if vertex in vertices]
     vocabulary = bones.get_output_embeddings().weight
     if not axes or any(bones.get_parameter(p.parameter) is vocabulary and p.dim == 0 for p in axes):
@@ -86,7 +94,7 @@ def _groups_of(
     groups = []
     for number, tables in enumerate(channel_tables({vertex: size for vertex, size in at.items() if size}, edges)):
         members = [
-            Member(port, axis, compact(table))
+            Member(port, axis, IndexMap(table))
             for vertex, table in tables.items()
             for port, axis in ports.ports[vertex]
         ]
@@ -97,7 +105,7 @@ def _groups_of(
 
 
 def _unique(members: list[Member]) -> tuple[Member, ...]:
-    return tuple(sorted(dict.fromkeys(members), key=lambda member: member.port))
+    return tuple(sorted(dict.fromkeys(members), key=lambda member: (member.port.parameter, member.port.dim)))
 
 
 def _attention_groups(
@@ -116,7 +124,7 @@ def _attention_groups(
     columns = torch.arange(query_heads * head_dim).view(kv_heads, repeat, head_dim).transpose(1, 2).reshape(-1, repeat)
     queries = layout.query.rows.view(kv_heads, repeat, query_dim).transpose(1, 2).reshape(-1, repeat)
     value_output = _row_members(bones, layout.value, layout.value.rows.reshape(-1, 1))
-    value_output += [Member(port, axis, compact(columns.tolist())) for port, axis in outputs.items()]
+    value_output += [Member(port, axis, IndexMap(columns)) for port, axis in outputs.items()]
     query_key = _row_members(bones, layout.query, queries)
     query_key += _row_members(bones, layout.key, layout.key.rows.reshape(-1, 1))
     return [
@@ -126,7 +134,7 @@ def _attention_groups(
 
 
 def _row_members(bones: nn.Module, projection: Projection, rows: Tensor) -> list[Member]:
-    index = compact(rows.tolist())
+    index = IndexMap(rows)
     layer = bones.get_submodule(projection.module)
     out_dim = 1 if isinstance(layer, Conv1D) else 0
     return [
@@ -147,7 +155,10 @@ def _whole_group(bones: nn.Module, axes: Axes) -> CouplingGroup:
     if len(sizes) != 1:
         raise InputError(f"{', '.join(modules[:3])}: coupled sizes {sorted(sizes)} differ, which is not supported yet")
     name, kind = _name_and_kind(bones, modules)
-    return CouplingGroup(name, kind, sizes.pop(), tuple(Member(port, axis) for port, axis in axes.items()))
+    size = sizes.pop()
+    return CouplingGroup(
+        name, kind, size, tuple(Member(port, axis, IndexMap.identity(size)) for port, axis in axes.items())
+    )
 
 
 def _name_and_kind(bones: nn.Module, modules: list[str]) -> tuple[str, str]:

@@ -38,12 +38,15 @@ def scored_members(group: CouplingGroup, table: ScoreTable) -> list[ScoredMember
     """The members of `group` that `table` has scores for; biases and norms are none."""
     found = []
     for member in group.members:
-        if member.port.parameter != f"{member.module}.weight" or member.module not in table.provenance.shapes:
+        if (
+            member.shared
+            or member.port.parameter != f"{member.module}.weight"
+            or member.module not in table.provenance.shapes
+        ):
             continue
         if member.axis not in table.scores[member.module]:
             raise InputError(f"no {member.axis} scores of {member.module}: score again with --axis both")
-        index = torch.tensor([group.indices(member, channel) for channel in range(group.size)])
-        found.append(ScoredMember(member.module, member.axis, index))
+        found.append(ScoredMember(member.module, member.axis, torch.tensor(member.index.table)))
     return found
 
 

@@ -46,7 +46,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def groups_of(model: nn.Module) -> dict[str, CouplingGroup]:
-    return {group.id: group for group in trace(model)}
+    return {group.id: group for group in trace(model).groups}
 
 
 def assert_removed_equals_masked(removed: nn.Module, masked: nn.Module, original: nn.Module) -> None:
@@ -165,7 +165,7 @@ def masked_copy(model: nn.Module, group: CouplingGroup, channels: list[int]) -> 
 
 def test_feed_forward_channels_of_every_family(family):
     """Guards the promise beyond Llama: biases, gates and other names make no difference."""
-    for group in trace(family):
+    for group in trace(family).groups:
         if group.kind == "mlp":
             channels = list(range(0, group.size, 2))
             removed = copy.deepcopy(family)
@@ -216,7 +216,7 @@ def test_every_group_is_complete(tiny_llama, tied):
     config = copy.deepcopy(tiny_llama.config)
     config.tie_word_embeddings = tied
     model = LlamaForCausalLM(config)
-    groups = trace(model)
+    groups = trace(model).groups
     assert len({group.id for group in groups}) == len(groups)
     covered = set()
     for group in groups:
@@ -239,7 +239,7 @@ def test_head_norms_stay_out(tiny_llama):
         vocab_size=50, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
-    members = [member for group in trace(Qwen3ForCausalLM(config)) for member in group.members]
+    members = [member for group in trace(Qwen3ForCausalLM(config)).groups for member in group.members]
     assert not [member.module for member in members if "q_norm" in member.module or "k_norm" in member.module]
 
 
@@ -250,7 +250,7 @@ def test_the_live_model_is_untouched(tiny_llama):
     tiny_llama.train()
     before = logits(tiny_llama)
     implementation = tiny_llama.config._attn_implementation
-    assert len(trace(tiny_llama)) == 1 + 2 * 3
+    assert len(trace(tiny_llama).groups) == 1 + 2 * 3
     assert tiny_llama.training
     assert not any(parameter.requires_grad for parameter in tiny_llama.parameters())
     assert tiny_llama.config._attn_implementation == implementation

@@ -63,7 +63,7 @@ def test_lora_budget_equals_lora(table):
 
 def test_coupled_channels_are_whole(tiny_llama, table):
     """Guards scope coupled: gate rows, up rows and down columns are one set; k and q, v and o follow the head map."""
-    groups = trace(tiny_llama)
+    groups = trace(tiny_llama).groups
     selection = select(table, Budget("lora", 3), scope="coupled", groups=groups)
     lora = 3 * sum(sum(shape) for shape in table.provenance.shapes.values())
     assert lora - 240 < selection.trainable_parameters() <= lora
@@ -84,7 +84,7 @@ def test_coupled_channels_are_whole(tiny_llama, table):
 
 def test_coupled_channels_are_the_best(tiny_llama, table):
     """Guards the choice: no channel left out scores higher than one picked."""
-    groups = [group for group in trace(tiny_llama) if group.kind == "mlp"]
+    groups = [group for group in trace(tiny_llama).groups if group.kind == "mlp"]
     selection = select(table, Budget("rank", 7), scope="coupled", groups=groups)
     scores = channel_scores(groups[0], table)
     chosen = selection.indices["model.layers.0.mlp.up_proj"]["row"]
@@ -95,7 +95,7 @@ def test_coupled_channels_are_the_best(tiny_llama, table):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
 def test_group_scores_equal_torch_pruning(tiny_llama, table, reduction):
     """Guards Torch-Pruning's meaning of a group's magnitude on full feed-forward groups, to 1e-6."""
-    group = next(group for group in trace(tiny_llama) if group.id == "model.layers.0.mlp")
+    group = next(group for group in trace(tiny_llama).groups if group.id == "model.layers.0.mlp")
     tiny_llama.config.use_cache = False
     graph = torch_pruning.DependencyGraph().build_dependency(
         tiny_llama, {"input_ids": torch.arange(3, 8).unsqueeze(0)}, output_transform=lambda out: out.logits
@@ -108,7 +108,7 @@ def test_group_scores_equal_torch_pruning(tiny_llama, table, reduction):
 
 def test_grouped_heads_add_up(tiny_llama, table):
     """Guards what Torch-Pruning drops: a key channel's score counts every query row that shares it."""
-    group = next(group for group in trace(tiny_llama) if group.id == "model.layers.1.self_attn.qk")
+    group = next(group for group in trace(tiny_llama).groups if group.id == "model.layers.1.self_attn.qk")
     members = {member.module.rsplit(".", 1)[-1]: member for member in scored_members(group, table)}
     assert members["q_proj"].index.shape == (20, 3)
     query = table.scores["model.layers.1.self_attn.q_proj"]["row"].view(2, 3, 10).sum(1).flatten()
@@ -143,7 +143,7 @@ def test_impossible_selections(tiny_llama, table):
     with pytest.raises(InputError, match="no column scores"):
         select(only_rows, Budget("rank", 1), axis="column")
     with pytest.raises(InputError, match="--axis both"):
-        select(only_rows, Budget("rank", 1), scope="coupled", groups=trace(tiny_llama))
+        select(only_rows, Budget("rank", 1), scope="coupled", groups=trace(tiny_llama).groups)
     table.scores["model.layers.0.mlp.up_proj"]["row"][3] = math.nan
     with pytest.raises(InputError, match="up_proj hold NaN"):
         select(table, Budget("rank", 1))
