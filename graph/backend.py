@@ -1,46 +1,30 @@
-"""What is read of Torch-Pruning: the port graph of a traced skeleton.
+"""Torch-Pruning as the tracing backend: which layers depend on which.
 
-Only ``module2node`` and ``Node.dependencies`` are read: its own groups are wrong or endless on models with
-grouped-query attention. Edges into an attention are cut here; the probed layouts take their place.
+Read are ``module2node`` and ``Node.dependencies`` of its DependencyGraph (Fang et al. 2023, "DepGraph: Towards Any
+Structural Pruning", section 3). Its index maps are guessed from sizes, wrong or endless on grouped-query attention,
+and not asked for; which index goes with which is in ``labels``.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import networkx
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_leaves
+from torch_pruning.dependency import index_mapping
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import InputError
-from .attention import OpaqueAttention
-from .channels import Edge
-from .structure import Port
-
-TRACED_TOKENS = 4
+from .structure import CouplingGroup, Port
 
 Node = Any
 """A node of Torch-Pruning's graph: a module, a parameter or an operation."""
-
-
-@dataclass
-class PortGraph:
-    """Vertices are the sides of traced nodes; ports of weights hang on them.
-
-    Attributes:
-        ports: vertex -> its ports with their axes.
-        edges: every dependency between two vertices, in both directions.
-        attention: name of an attention module -> the vertex of its output.
-    """
-
-    ports: dict[Hashable, list[tuple[Port, str]]] = field(default_factory=dict)
-    edges: list[Edge] = field(default_factory=list)
-    attention: dict[str, Hashable] = field(default_factory=dict)
 
 
 class Conv1DPruner(torch_pruning.pruner.function.BasePruningFunc):
@@ -65,86 +49,96 @@ class Conv1DPruner(torch_pruning.pruner.function.BasePruningFunc):
         return layer.nx
 
 
-def port_graph(bones: PreTrainedModel) -> PortGraph:
-    """Trace a skeleton whose attention is opaque.
-
-    Raises:
-        InputError: if the forward fails or an unknown kind of layer holds weights.
-    """
-    backend = _traced(bones)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in bones.named_parameters()}
-    graph = PortGraph()
-    for node in backend.module2node.values():
-        for side in ("in", "out") if _has_two_sides(node) else ("both",):
-            graph.ports[node, side] = _ports(node, side, names)
-        if _is_attention(node):
-            graph.attention[node.grad_fn.module_name] = (node, "both")
-        for dependency in node.dependencies:
-            if not _enters_attention(dependency):
-                maps = tuple(mapping for mapping in dependency.index_mapping if mapping is not None)
-                source = _vertex(backend, dependency.source, dependency.trigger)
-                target = _vertex(backend, dependency.target, dependency.handler)
-                graph.edges.append(Edge(source, target, maps))
-    return graph
-
-
-def _traced(bones: PreTrainedModel) -> torch_pruning.DependencyGraph:
-    token_ids = torch.zeros(1, TRACED_TOKENS, dtype=torch.long, device="meta")
-    inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids), "use_cache": False}
+def dependency_graph(model: nn.Module, inputs: Any, forward: Callable[..., Any]) -> torch_pruning.DependencyGraph:
+    """Let Torch-Pruning trace ``forward(model, inputs)``."""
     backend = torch_pruning.DependencyGraph()
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # RMSNorm weights are "unwrapped parameters": what we want
-            backend.build_dependency(
-                bones,
-                inputs,
-                output_transform=lambda output: output.logits,
-                customized_pruners={Conv1D: Conv1DPruner()},
-                verbose=False,
-            )
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{type(bones).__name__} cannot be traced ({reason}): it is not supported yet") from None
+    with warnings.catch_warnings(), torch.enable_grad(), _without_index_maps():
+        warnings.simplefilter("ignore")  # RMSNorm weights are "unwrapped parameters": what we want
+        backend.build_dependency(
+            model,
+            inputs,
+            forward_fn=forward,
+            output_transform=lambda out: [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None],
+            customized_pruners={Conv1D: Conv1DPruner()},
+            verbose=False,
+        )
     return backend
 
 
-def _is_attention(node: Node) -> bool:
-    return isinstance(node.grad_fn, OpaqueAttention._backward_cls)
+@contextmanager
+def _without_index_maps() -> Iterator[None]:
+    """Their recursion over sizes may never end, and their result is not read."""
+    original = index_mapping.update_index_mapping
+    index_mapping.update_index_mapping = lambda graph: None
+    try:
+        yield
+    finally:
+        index_mapping.update_index_mapping = original
 
 
-def _enters_attention(dependency: Any) -> bool:
-    source, target = dependency.source, dependency.target
-    return (_is_attention(source) and target not in source.outputs) or (
-        _is_attention(target) and source not in target.outputs
-    )
+def dataflow(backend: torch_pruning.DependencyGraph) -> networkx.DiGraph:
+    """Layers, parameters and operations, with an edge wherever one feeds another."""
+    parameters = {parameter: name for name, parameter in backend.model.named_parameters()}
+    names: dict[Any, str] = {}
+    graph: networkx.DiGraph = networkx.DiGraph()
+    for number, (module, node) in enumerate(backend.module2node.items()):
+        if isinstance(module, nn.Parameter):
+            kind, name, type_ = "parameter", parameters[module], "Parameter"
+        elif isinstance(module, nn.Module):
+            operation = module not in backend._module2name
+            kind, type_ = ("operation" if operation else "layer"), type(module).__name__
+            name = f"operation {number}" if operation else backend._module2name[module]
+        else:
+            kind, name, type_ = "operation", f"operation {number}", str(getattr(module, "_name", type(module).__name__))
+        names[node] = name
+        graph.add_node(name, kind=kind, type=type_)
+    graph.add_edges_from((names[node], names[after]) for node in names for after in node.outputs)
+    return graph
 
 
-def _has_two_sides(node: Node) -> bool:
-    return isinstance(node.module, nn.Linear | Conv1D)
+def disagreement(
+    backend: torch_pruning.DependencyGraph, groups: Iterable[CouplingGroup]
+) -> tuple[CouplingGroup, Port, Port] | None:
+    """A group with two ports that Torch-Pruning's dependencies do not connect, or None.
+
+    It treats what it does not know as passing channels on, so it may connect more than the groups do, never less.
+    """
+    graph: networkx.Graph = networkx.Graph()
+    for node in backend.module2node.values():
+        for dependency in node.dependencies:
+            source = (dependency.source, _side(backend, dependency.source, dependency.trigger))
+            target = (dependency.target, _side(backend, dependency.target, dependency.handler))
+            graph.add_edge(source, target)
+    for vertex, port in _ports(backend):
+        graph.add_edge(vertex, port)  # a tied weight hangs on several
+    component = {v: number for number, found in enumerate(networkx.connected_components(graph)) for v in found}
+    for group in groups:
+        ports = [replace(m.port, expert=None) for m in group.members if not m.shared]
+        seen = [port for port in ports if port in component]
+        for port in seen:
+            if component[port] != component[seen[0]]:
+                return group, seen[0], port
+    return None
 
 
-def _vertex(backend: torch_pruning.DependencyGraph, node: Node, function: Any) -> Hashable:
-    if not _has_two_sides(node):
-        return (node, "both")
-    is_output = function == backend.get_pruner_of_module(node.module).prune_out_channels
-    return (node, "out" if is_output else "in")
+def _side(backend: torch_pruning.DependencyGraph, node: Node, function: Any) -> str:
+    pruner = backend.get_pruner_of_module(node.module)
+    if pruner.prune_in_channels == pruner.prune_out_channels:
+        return "both"
+    return "out" if function == pruner.prune_out_channels else "in"
 
 
-def _ports(node: Node, side: str, names: Mapping[Tensor, str]) -> list[tuple[Port, str]]:
-    """Ports of a node's `side`; ties are one port, because ports are named by parameter."""
-    module = node.module
-    if isinstance(module, nn.Linear | Conv1D):
-        out_dim = 0 if isinstance(module, nn.Linear) else 1
-        if side == "in":
-            return [(Port(names[module.weight], 1 - out_dim), "column")]
-        biases = [] if module.bias is None else [(Port(names[module.bias], 0), "row")]
-        return [(Port(names[module.weight], out_dim), "row"), *biases]
-    if isinstance(module, nn.Embedding):
-        return [(Port(names[module.weight], 1), "column")]
-    if isinstance(module, nn.Parameter):
-        return [(Port(names[module], node.pruning_dim % module.ndim), "row")]
-    if isinstance(module, nn.LayerNorm):
-        return [(Port(names[parameter], 0), "row") for parameter in module.parameters()]
-    if isinstance(module, nn.Module) and next(module.parameters(), None) is not None:
-        raise InputError(f"{node.name}: a {type(module).__name__} is not supported yet")
-    return []
+def _ports(backend: torch_pruning.DependencyGraph) -> Iterator[tuple[Hashable, Port]]:
+    """Vertices of Torch-Pruning's layers and parameters with the ports that hang on them."""
+    names = {parameter: name for name, parameter in backend.model.named_parameters()}
+    for module, node in backend.module2node.items():
+        pruner = backend.get_pruner_of_module(module)
+        two_sided = pruner.prune_in_channels != pruner.prune_out_channels
+        parameters = [module] if isinstance(module, nn.Parameter) else []
+        if isinstance(module, nn.Module):
+            parameters = list(module.parameters(recurse=False))
+        for parameter in parameters:
+            for dim in range(parameter.ndim):
+                reads = dim == (0 if isinstance(module, Conv1D | nn.modules.conv._ConvTransposeNd) else 1)
+                side = ("in" if reads and parameter.ndim > 1 else "out") if two_sided else "both"
+                yield (node, side), Port(names[parameter], dim)

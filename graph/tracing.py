@@ -1,177 +1,111 @@
-"""From a model to its coupled groups: Torch-Pruning traces a weightless skeleton, the meaning is ours.
-
-A group is a connected component of the graph of ports (Fang et al. 2023, "DepGraph: Towards Any Structural Pruning",
-section 3), refined index by index where ports are split; attention comes from the probe's layouts.
-"""
+"""From a model to its graph: Torch-Pruning traces a weightless skeleton while labels run along."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Hashable
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
-import networkx
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
-from .. import models
 from ..errors import InputError
-from .attention import AttentionLayout, AttentionTrace, Projection
-from .backend import PortGraph, port_graph
-from .channels import channel_tables
-from .indices import IndexMap
-from .structure import CouplingGroup, Member, ModelGraph, Port
+from .backend import dataflow, dependency_graph, disagreement
+from .dispatch import LabelTrace, labelled_tensors
+from .grouping import coupled_groups
+from .labels import Untraceable
+from .skeleton import blocks, example_inputs, skeleton
+from .structure import ModelGraph
+from .watchdog import within
 
-Axes = dict[Port, str]
-
-
-def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` on the meta device: same modules, shapes and ties, no weight memory, everything trainable."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.is_floating_point()) if is_parameter else empty
-    return copy.deepcopy(model, memo).train(False)
+TIME_LIMIT = 300.0
+"""Seconds for one trace; a 70B needs a few."""
 
 
-def trace(model: PreTrainedModel) -> ModelGraph:
-    """Coupled groups of a decoder language model; the model itself is not touched.
+def trace(model: nn.Module, example_inputs: Any = None, *, time_limit: float = TIME_LIMIT) -> ModelGraph:
+    """The graph of a model: its coupled groups and its dataflow. The model itself is not touched.
 
-    Groups: per block the feed-forward channels (``mlp``), value/output (``attention-vo``) and query/key channels
-    (``attention-qk``); the residual stream (``residual``). The vocabulary is no group: it cannot vanish.
+    Args:
+        model: a transformers model, or any module if `example_inputs` are given. It may be frozen, quantised, offloaded,
+            or on the meta device.
+        example_inputs: a dict of keyword arguments, a tuple of positional ones, or one tensor; small ones suffice.
+            For a transformers model a few tokens (or an image, or sound) are made up.
+        time_limit: seconds after which a trace that does not end is refused.
 
     Raises:
-        InputError: if the model's structure cannot be read or is not supported, by name and reason.
+        InputError: if the forward fails or does something of which the coupling is not known, by name and reason.
     """
     bones = skeleton(model)
-    attention = AttentionTrace(bones)
-    with attention.active():
-        ports = port_graph(bones)
-        layouts = {name: attention.layout(name) for name in attention.seen}
-    found = []
-    for vertices in _components(ports):
-        found += _groups_of(bones, ports, vertices, layouts)
-    groups = tuple(sorted(found, key=lambda group: _order(bones, group)))
-    shapes = {name: tuple(parameter.shape) for name, parameter in bones.named_parameters()}
-    return ModelGraph(groups, shapes, blocks=tuple(models.layers(bones)))
+    inputs = _as_dict_or_tuple(example_inputs) if example_inputs is not None else _made_up(bones)
+    return within(time_limit, f"the trace of {type(model).__name__}", lambda: _traced(bones, inputs))
 
 
-def _components(ports: PortGraph) -> list[set[Hashable]]:
-    """Connected sets of vertices; a port that hangs on two vertices (a tie) connects them."""
-    graph: networkx.Graph = networkx.Graph()
-    graph.add_nodes_from(ports.ports)
-    graph.add_edges_from((edge.source, edge.target) for edge in ports.edges)
-    graph.add_edges_from((vertex, port) for vertex, entries in ports.ports.items() for port, _ in entries)
-    return [{vertex for vertex in found if vertex in ports.ports} for found in networkx.connected_components(graph)]
+def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> ModelGraph:
+    labels = LabelTrace(bones)
+    name = type(bones).__name__
+    exposed: list[Tensor] = []
 
+    def forward(module: nn.Module, given: Any) -> Any:
+        with labels, sdpa_kernel(SDPBackend.MATH):
+            out = module(**given) if isinstance(given, Mapping) else module(*given)
+        exposed.extend(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
 
-def _groups_of(
-    bones: PreTrainedModel, ports: PortGraph, vertices: set[Hashable], layouts: dict[str, AttentionLayout]
-) -> list[CouplingGroup]:
-    axes: Axes = dict(
-        sorted(
-            (entry for vertex in vertices for entry in ports.ports[vertex]),
-            key=lambda entry: (entry[0].parameter, entry[0].dim),
+    try:
+        backend = dependency_graph(bones, inputs, forward)
+    except Untraceable as reason:
+        raise InputError(f"{name} cannot be traced: {reason}") from None
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be traced ({reason}): give trace other example_inputs") from None
+    stages = blocks(bones)
+    groups = coupled_groups(labels, stages, _ties(bones))
+    broken = disagreement(backend, groups)
+    if broken is not None:
+        group, first, second = broken
+        raise InputError(
+            f"{name} cannot be traced: {first.parameter} and {second.parameter} share channels ({group.id}), "
+            "but Torch-Pruning finds no dependency between them"
         )
-    )
-    owners = [name for name, vertex in ports.attention.items() if vertex in vertices]
-    vocabulary = bones.get_output_embeddings().weight
-    if not axes or any(bones.get_parameter(p.parameter) is vocabulary and p.dim == 0 for p in axes):
-        return []
-    if owners:
-        return _attention_groups(bones, owners, axes, layouts)
-    if _is_projection_of(axes, layouts):
-        return []
-    edges = [edge for edge in ports.edges if edge.source in vertices]
-    if not any(edge.maps for edge in edges):
-        return [_whole_group(bones, axes)]
-    sizes = {port: bones.get_parameter(port.parameter).shape[port.dim] for port in axes}
-    at = {vertex: max((sizes[port] for port, _ in ports.ports[vertex]), default=0) for vertex in vertices}
-    groups = []
-    for number, tables in enumerate(channel_tables({vertex: size for vertex, size in at.items() if size}, edges)):
-        members = [
-            Member(port, axis, IndexMap(table))
-            for vertex, table in tables.items()
-            for port, axis in ports.ports[vertex]
-        ]
-        size = len(next(iter(tables.values())))
-        name, kind = _name_and_kind(bones, [member.module for member in members])
-        groups.append(CouplingGroup(f"{name}.{number}" if number else name, kind, size, _unique(members)))
-    return groups
-
-
-def _unique(members: list[Member]) -> tuple[Member, ...]:
-    return tuple(sorted(dict.fromkeys(members), key=lambda member: (member.port.parameter, member.port.dim)))
-
-
-def _attention_groups(
-    bones: nn.Module, owners: list[str], outputs: Axes, layouts: dict[str, AttentionLayout]
-) -> list[CouplingGroup]:
-    """Value/output and query/key groups of one attention: per key/value channel all query heads that share it."""
-    if len(owners) != 1:
-        raise InputError(f"{' and '.join(owners)} feed one projection: shared attention outputs are not supported yet")
-    name = owners[0]
-    layout = layouts[name]
-    kv_heads, head_dim = layout.value.rows.shape
-    query_heads, query_dim = layout.query.rows.shape
-    if query_heads % kv_heads:
-        raise InputError(f"{name}: {query_heads} query heads do not divide by {kv_heads} key/value heads")
-    repeat = query_heads // kv_heads
-    columns = torch.arange(query_heads * head_dim).view(kv_heads, repeat, head_dim).transpose(1, 2).reshape(-1, repeat)
-    queries = layout.query.rows.view(kv_heads, repeat, query_dim).transpose(1, 2).reshape(-1, repeat)
-    value_output = _row_members(bones, layout.value, layout.value.rows.reshape(-1, 1))
-    value_output += [Member(port, axis, IndexMap(columns)) for port, axis in outputs.items()]
-    query_key = _row_members(bones, layout.query, queries)
-    query_key += _row_members(bones, layout.key, layout.key.rows.reshape(-1, 1))
-    return [
-        CouplingGroup(f"{name}.vo", "attention-vo", kv_heads * head_dim, tuple(value_output)),
-        CouplingGroup(f"{name}.qk", "attention-qk", kv_heads * query_dim, tuple(query_key)),
-    ]
-
-
-def _row_members(bones: nn.Module, projection: Projection, rows: Tensor) -> list[Member]:
-    index = IndexMap(rows)
-    layer = bones.get_submodule(projection.module)
-    out_dim = 1 if isinstance(layer, Conv1D) else 0
-    return [
-        Member(Port(f"{projection.module}.{name}", out_dim if parameter.ndim > 1 else 0), "row", index)
-        for name, parameter in layer.named_parameters(recurse=False)
-    ]
-
-
-def _is_projection_of(axes: Axes, layouts: dict[str, AttentionLayout]) -> bool:
-    """Whether the component is what the cut left of a query, key or value projection."""
-    projections = {p.module for layout in layouts.values() for p in (layout.query, layout.key, layout.value)}
-    return all(port.parameter.rpartition(".")[0] in projections and axis == "row" for port, axis in axes.items())
-
-
-def _whole_group(bones: nn.Module, axes: Axes) -> CouplingGroup:
-    sizes = {bones.get_parameter(port.parameter).shape[port.dim] for port in axes}
-    modules = [port.parameter.rpartition(".")[0] for port in axes]
-    if len(sizes) != 1:
-        raise InputError(f"{', '.join(modules[:3])}: coupled sizes {sorted(sizes)} differ, which is not supported yet")
-    name, kind = _name_and_kind(bones, modules)
-    size = sizes.pop()
-    return CouplingGroup(
-        name, kind, size, tuple(Member(port, axis, IndexMap.identity(size)) for port, axis in axes.items())
+    unreached = tuple(name for name, _ in bones.named_parameters() if name not in labels.used)
+    if unreached:
+        warnings.warn(f"the traced forward does not use {', '.join(unreached[:3])}" + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""), stacklevel=3)  # fmt: skip
+    return ModelGraph(
+        groups=groups,
+        shapes={name: tuple(tensor.shape) for name, tensor in labelled_tensors(bones)},
+        flops=labels.flops,
+        inputs=_shapes(inputs),
+        blocks=tuple(stages),
+        unreached=unreached,
+        dataflow=dataflow(backend),
     )
 
 
-def _name_and_kind(bones: nn.Module, modules: list[str]) -> tuple[str, str]:
-    """Within one block it is its feed-forward part, across blocks the residual stream."""
-    blocks = {block for block in models.layers(bones) for module in modules if module.startswith(f"{block}.")}
-    if len(blocks) != 1 or not all(module.startswith(f"{next(iter(blocks))}.") for module in modules):
-        return "residual", "residual"
-    parts = zip(*(module.split(".") for module in modules), strict=False)
-    name = ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, parts))
-    return (f"{name}.mlp" if name in blocks else name), "mlp"  # layers may stand in the block itself
+def _as_dict_or_tuple(inputs: Any) -> Mapping[str, Any] | tuple[Any, ...]:
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs)
+    raise InputError(f"example_inputs are a {type(inputs).__name__}: give a tensor, a tuple or a dict of tensors")
 
 
-def _order(bones: nn.Module, group: CouplingGroup) -> tuple[int, str]:
-    blocks = list(models.layers(bones))
-    numbers = [number for number, block in enumerate(blocks) if group.id.startswith(f"{block}.")]
-    return (numbers[0] if numbers else -1, group.id)
+def _made_up(bones: nn.Module) -> dict[str, Any]:
+    return example_inputs(bones)
+
+
+def _shapes(inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
+    named = inputs.items() if isinstance(inputs, Mapping) else ((str(n), value) for n, value in enumerate(inputs))
+    return {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name -> all names, of parameters that have several."""
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    return {found[0]: tuple(found) for found in names.values() if len(found) > 1}

@@ -1,0 +1,289 @@
+"""From united labels to coupled groups: channels that hang on the same ports alike make one group."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dispatch import LabelTrace
+from .indices import IndexMap
+from .labels import Ids
+from .structure import CouplingGroup, Member, Port
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes of labels; a class is what exists or vanishes together.
+
+    Attributes:
+        of_label: label -> class.
+        ports: port -> its labels, in the order of the model's parameters.
+        columns: whether a label is read by its weight (it writes otherwise).
+        heads: pairs (class of an attention head, class of a channel that makes its scores).
+        values: pairs (class of an attention head, class of a channel that it weighs).
+        served: pairs (class of weights alone that serve many channels, class of such a channel).
+        group: class -> number of its group, or -1.
+    """
+
+    of_label: Ids
+    ports: dict[Port, slice]
+    columns: Flags
+    heads: NDArray[np.int64]
+    values: NDArray[np.int64]
+    served: NDArray[np.int64]
+    group: NDArray[np.int64]
+
+
+def coupled_groups(
+    trace: LabelTrace, blocks: Sequence[str], ties: dict[str, tuple[str, ...]]
+) -> tuple[CouplingGroup, ...]:
+    """The groups of a finished trace, in the order of the model's parameters.
+
+    Args:
+        trace: after the model has run under it.
+        blocks: names of the decoder/encoder blocks.
+        ties: name of a parameter -> all its names, where it has several.
+    """
+    classes = _classes(trace)
+    members = _members(classes)
+    heads, partners = _heads(classes, len(members))
+    kinds = _kinds(classes, members, blocks)
+    groups = []
+    for number, group_members in enumerate(members):
+        tied = tuple(dict.fromkeys(ties[m.port.parameter] for m in group_members if m.port.parameter in ties))
+        size = len(group_members[0].index.table)
+        group = CouplingGroup("", kinds[number], size, tuple(group_members), heads.get(number), ties=tied)
+        groups.append(group)
+    groups = [replace(group, rotary=_is_rotary(group, [groups[p] for p in partners[n]])) for n, group in enumerate(groups)]
+    names = _names(groups, blocks)
+    named = [
+        replace(group, id=names[number], partners=tuple(names[partner] for partner in partners[number]))
+        for number, group in enumerate(groups)
+    ]
+    return tuple(itertools.chain.from_iterable(_experts(group, trace) for group in named))
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def _classes(trace: LabelTrace) -> Classes:
+    of_label = trace.labels.classes()
+    count = int(of_label.max(initial=0)) + 1
+    ports = {port: slice(first, first + size) for first, (port, size) in trace.labels.ports.items()}
+    marks = {}
+    for mark in ("row", "consumed", "fixed"):
+        marks[mark] = np.zeros(count, dtype=np.bool_)
+        marks[mark][of_label[trace.labels.marked(mark)]] = True
+        marks[mark][of_label[0]] = False
+    heads = _pairs(of_label, trace.bundles)
+    is_head = np.zeros(count, dtype=np.bool_)
+    is_head[heads[:, 0]] = True
+    channel = marks["row"] & (marks["consumed"] | is_head) & ~marks["fixed"]
+    signature = np.zeros(count, dtype=np.uint64)
+    lots = np.random.default_rng(0).integers(1, 2**63, size=len(ports), dtype=np.uint64)
+    for lot, labels in zip(lots, ports.values(), strict=True):
+        np.add.at(signature, of_label[labels], lot)
+    signature[~channel] = 0
+    _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
+    order = np.empty(len(first), dtype=np.int64)
+    none = signature[first] == 0
+    order[np.argsort(np.where(none, -1, first), kind="stable")] = np.arange(len(first)) - int(none.any())
+    gates = _pairs(of_label, trace.gates)
+    serves = is_head[gates[:, 0]]
+    group = order[inverse]
+    return Classes(
+        of_label=of_label,
+        ports=ports,
+        columns=trace.labels.marked("column"),
+        heads=heads,
+        values=gates[serves],
+        served=gates[~serves & (group[gates[:, 0]] < 0) & (group[gates[:, 1]] >= 0)],
+        group=group,
+    )
+
+
+def _pairs(of_label: Ids, records: Iterable[tuple[Ids, Ids]]) -> NDArray[np.int64]:
+    """Distinct pairs of classes; pairs with label 0 say nothing."""
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for first, second in records:
+        first, second = np.broadcast_arrays(first, second)
+        known = (first > 0) & (second > 0)
+        found.append(np.stack([of_label[first[known]], of_label[second[known]]], axis=1).astype(np.int64))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+# ---------------------------------------------------------------------------------------------- members
+
+
+def _members(classes: Classes) -> list[list[Member]]:
+    """For every group its ports with their index maps, heads in consecutive parts."""
+    channel = _channel_numbers(classes)
+    members: list[list[Member]] = [[] for _ in range(int(classes.group.max(initial=-1)) + 1)]
+    interned: dict[IndexMap, IndexMap] = {}
+    for port, labels in classes.ports.items():
+        of_index = classes.of_label[labels]
+        groups = classes.group[of_index]
+        axis = "column" if bool(classes.columns[labels].any()) else "row"
+        for number in np.unique(groups[groups >= 0]):
+            indices = np.flatnonzero(groups == number)
+            order = np.argsort(channel[of_index[indices]], kind="stable")
+            size = int(channel[of_index[indices]].max()) + 1
+            index = IndexMap(indices[order].reshape(size, -1))
+            members[number].append(Member(port, axis, interned.setdefault(index, index)))
+    for number, shared in _shared_members(classes, channel).items():
+        members[number] += shared
+    return members
+
+
+def _channel_numbers(classes: Classes) -> NDArray[np.int64]:
+    """Class -> number of the channel in its group: by head, then in the order of the first labels."""
+    numbers = np.zeros(len(classes.group), dtype=np.int64)
+    chosen = np.flatnonzero(classes.group >= 0)
+    head = np.zeros(len(classes.group), dtype=np.int64)
+    for pairs in (classes.values, classes.heads):
+        head[pairs[::-1, 1]] = pairs[::-1, 0]  # of several heads (grouped queries) the first
+    order = chosen[np.lexsort((chosen, head[chosen], classes.group[chosen]))]
+    groups = classes.group[order]
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    numbers[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    return numbers
+
+
+def _shared_members(classes: Classes, channel: NDArray[np.int64]) -> dict[int, list[Member]]:
+    """Weights that serve many channels (per-head norms), as members of the groups of these."""
+    found: dict[int, list[Member]] = defaultdict(list)
+    if not len(classes.served):
+        return found
+    narrow = np.unique(classes.served[:, 0])
+    groups = classes.group[classes.served[:, 1]]
+    for port, labels in classes.ports.items():
+        of_index = classes.of_label[labels]
+        if not np.isin(of_index[:1], narrow).all() or not np.isin(of_index, narrow).all():
+            continue
+        index_of = dict(zip(of_index.tolist(), range(len(of_index)), strict=True))
+        for number in np.unique(groups[np.isin(classes.served[:, 0], of_index)]).tolist():
+            pairs = classes.served[(groups == number) & np.isin(classes.served[:, 0], of_index)]
+            table: dict[int, list[int]] = defaultdict(list)
+            for serving, served in pairs.tolist():
+                table[int(channel[served])].append(index_of[serving])
+            rows = [sorted(table[c]) for c in sorted(table)]
+            if len({len(row) for row in rows}) == 1:
+                found[number].append(Member(port, "row", IndexMap(rows), shared=True))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+def _heads(classes: Classes, count: int) -> tuple[dict[int, int], list[list[int]]]:
+    """Number of heads of each attention group, and the groups that have the very same heads."""
+    lots = np.random.default_rng(1).integers(1, 2**63, size=len(classes.group), dtype=np.uint64)
+    key = np.zeros(len(classes.group), dtype=np.uint64)
+    pairs = np.concatenate([classes.heads, classes.values])
+    np.add.at(key, pairs[:, 1], lots[pairs[:, 0]])
+    own = np.unique(classes.heads[:, 0])
+    key[own] = lots[own]
+    heads: dict[int, int] = {}
+    sharing: dict[bytes, list[int]] = defaultdict(list)
+    numbers = classes.group
+    chosen = np.flatnonzero((numbers >= 0) & (key > 0))
+    chosen = chosen[np.argsort(numbers[chosen], kind="stable")]
+    for number, part in itertools.groupby(chosen.tolist(), key=lambda c: int(numbers[c])):
+        keys, sizes = np.unique(key[list(part)], return_counts=True)
+        if len(set(sizes.tolist())) == 1:
+            heads[number] = len(keys)
+            sharing[keys.tobytes()].append(number)
+    partners: list[list[int]] = [[] for _ in range(count)]
+    for same in sharing.values():
+        for number in same:
+            partners[number] = [other for other in same if other != number]
+    return heads, partners
+
+
+def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup]) -> bool:
+    """Whether a query/key channel has several rows of one head: those that the rotary embedding turns."""
+    value = next((partner for partner in partners if partner.kind == "attention-vo"), None)
+    if group.kind != "attention-qk" or value is None:
+        return False
+    weights = [member for member in group.members if member.axis == "row" and not member.shared]
+    rows = {m.port.parameter: m.index.table.shape[1] for m in weights if not m.port.parameter.endswith("bias")}
+    heads = 1 + sum(m.index.table.shape[1] for m in value.members if m.axis == "column")
+    return sum(rows.values()) > heads
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+
+def _kinds(classes: Classes, members: Sequence[Sequence[Member]], blocks: Sequence[str]) -> list[str]:
+    kinds = []
+    attention = {"attention-qk": classes.heads[:, 1], "attention-vo": classes.values[:, 1]}
+    of_kind = {kind: set(np.unique(classes.group[channels]).tolist()) for kind, channels in attention.items()}
+    of_heads = set(np.unique(classes.group[classes.heads[:, 0]]).tolist())
+    for number, group_members in enumerate(members):
+        homes = {_block_of(member.module, blocks) for member in group_members}
+        if number in of_heads:
+            kinds.append("attention-heads")
+        elif len(homes) > 1:
+            kinds.append("residual")
+        elif number in of_kind["attention-vo"]:
+            kinds.append("attention-vo")
+        elif number in of_kind["attention-qk"]:
+            kinds.append("attention-qk")
+        else:
+            kinds.append("channels" if homes == {None} else "mlp")
+    return kinds
+
+
+def _block_of(module: str, blocks: Sequence[str]) -> str | None:
+    parts = module.split(".")
+    return next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in blocks), None)
+
+
+def _names(groups: Sequence[CouplingGroup], blocks: Sequence[str]) -> list[str]:
+    """Unique names: the module that holds the group, and what the group is of it."""
+    residuals = sum(group.kind == "residual" for group in groups)
+    names: list[str] = []
+    for group in groups:
+        modules = [member.module for member in group.members]
+        parts = zip(*(module.split(".") for module in modules), strict=False)
+        common = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, parts))
+        if group.kind == "residual":
+            name = "residual" if residuals == 1 or not common else f"{common}.residual"
+        elif group.kind in ("attention-vo", "attention-qk", "attention-heads"):
+            name = f"{common}.{group.kind.removeprefix('attention-')}".lstrip(".")
+        elif group.kind == "mlp":
+            name = f"{common}.mlp" if common in blocks else common
+        else:
+            name = next(member.module for member in group.members if member.axis == "row")
+        names.append(name)
+    totals, seen = Counter(names), Counter[str]()
+    for number, name in enumerate(names):
+        if totals[name] > 1:
+            names[number] = f"{name}.{seen[name]}" if seen[name] else name
+            seen[name] += 1
+    return names
+
+
+def _experts(group: CouplingGroup, trace: LabelTrace) -> list[CouplingGroup]:
+    """One group per expert where all members are independent copies in one weight."""
+    ports = [member.port for member in group.members]
+    if not all(port.parameter in trace.experts and port.dim for port in ports) or group.kind == "residual":
+        return [group]
+    copies = {trace.experts[port.parameter] for port in ports}
+    if len(copies) != 1 or not any(port.dim > 1 for port in ports):
+        return [group]
+    return [
+        replace(
+            group,
+            id=f"{group.id}.{expert}",
+            members=tuple(replace(m, port=replace(m.port, expert=expert)) for m in group.members),
+        )
+        for expert in range(copies.pop())
+    ]

@@ -1,0 +1,509 @@
+"""What each operation does to labels. An operation that is not here is refused by name when it meets a label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .labels import Entry, Untraceable, first_of, reshaped, varying, vary_along
+
+if TYPE_CHECKING:
+    from .dispatch import LabelTrace
+
+Rule = Callable[["LabelTrace", Any, Any, Any, Any], None]
+RULES: dict[str, Rule] = {}
+
+
+def propagate(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Give `out` the labels that `func` passes on. Raises Untraceable for an unknown operation."""
+    name = func._schema.name.removeprefix("aten::")
+    rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    if rule is None and torch.Tag.pointwise in func.tags:
+        rule = pointwise
+    if rule is None and func.is_view:
+        rule = same_view
+    if rule is None:
+        raise Untraceable(f"what the operation {name} does to channels is not known")
+    rule(trace, func, args, kwargs, out)
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of some operations, in place or not."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def _keep(trace: LabelTrace, source: Entry, out: Tensor, fields: Iterable[Tensor]) -> None:
+    trace.set(out, fields, source.static, source.weights)
+
+
+# ---------------------------------------------------------------------------------------------- same elements
+
+
+@rule("roll", "flip", "repeat", "rot90", "unfold", "_reshape_alias")
+def same_view(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """The operation only moves elements: so it does with labels."""
+    source = trace.entry(args[0])
+    moved = [func(field, *args[1:], **kwargs) for field in source.fields]
+    if isinstance(out, Tensor):
+        _keep(trace, source, out, moved)
+    else:
+        for number, part in enumerate(out):
+            _keep(trace, source, part, [parts[number] for parts in moved])
+
+
+@rule("view", "_unsafe_view", "reshape")
+def same_elements(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Another shape of as many elements (or another dtype of the same)."""
+    source = trace.entry(args[0])
+    _keep(trace, source, out, [reshaped(field, out.shape) for field in source.fields])
+
+
+@rule("clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "tril", "triu", "_conj")
+def same_tensor(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """A copy."""
+    source = trace.entry(args[0])
+    _keep(trace, source, out, source.fields)
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "argmax", "argmin", "bernoulli", "fill", "zero", "sym_size", "_assert_async", "isin", "one_hot", "bucketize", "searchsorted")  # fmt: skip
+def nothing(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Shapes or ranks alone are taken from the tensor, no channel."""
+
+
+@rule("copy")
+def copied(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Writing a whole tensor; writing a part of one would need the labels of all its views."""
+    source = trace.entry(args[1])
+    if source.fields and out._is_view():
+        raise Untraceable("it writes into a part of a tensor in place")
+    trace.set(out, [field.expand(out.shape) for field in source.fields], source.static, source.weights)
+
+
+@rule("view_as_complex")
+def complex_pairs(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """The two halves of a complex number are one channel from now on."""
+    source = trace.entry(args[0])
+    for field in source.fields:
+        trace.unite(field.select(-1, 0), field.select(-1, 1))
+    _keep(trace, source, out, [field.select(-1, 0) for field in source.fields])
+
+
+@rule("view_as_real")
+def real_pairs(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """A complex channel is both its halves."""
+    source = trace.entry(args[0])
+    _keep(trace, source, out, [field.unsqueeze(-1).expand(out.shape) for field in source.fields])
+
+
+# ---------------------------------------------------------------------------------------------- element by element
+
+
+@rule("where", "masked_fill", "addcmul", "addcdiv", "lerp", "rsub", "polar", "native_dropout", "dropout", "add", "mul", "div", "sub", "gelu", "silu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "prelu", "_prelu_kernel", "threshold", "clamp", "clamp_min", "clamp_max", "complex", "real", "imag", "nan_to_num", "mish", "glu_jvp")  # fmt: skip
+def pointwise(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Every operand gives its channel to the result: channels that meet are one."""
+    result = out if isinstance(out, Tensor) else out[0]
+    sources = [trace.entry(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    _join(trace, result, zip(operands, sources, strict=True))
+
+
+def _join(trace: LabelTrace, out: Tensor, parts: Iterable[tuple[Tensor, Entry]]) -> None:
+    """The labels of an element-wise result, broadcast to its shape.
+
+    A weight that meets a computed tensor only says something along the dims in which that one has channels: a
+    position embedding is no row per position.
+    """
+    labelled = [(tensor, entry) for tensor, entry in parts if entry.fields]
+    dynamic = [field.expand(out.shape) for tensor, entry in labelled if not entry.static for field in entry.fields]
+    static = [field.expand(out.shape) for tensor, entry in labelled if entry.static for field in entry.fields]
+    fields = trace.joined(dynamic)
+    if fields:
+        channels = [varying(field) for field in fields]
+        static = [field for field in static if any(varying(field) <= dims for dims in channels)]
+    for field in static:
+        trace.mark("row", field)
+    is_static = all(entry.static for _, entry in labelled) and not dynamic
+    weights = frozenset().union(*(entry.weights for _, entry in labelled)) if is_static else frozenset()
+    trace.set(out, trace.joined([*fields, *static]), is_static, weights)
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Each channel is scaled and shifted by its own weight and bias."""
+    result = out if isinstance(out, Tensor) else out[0]
+    _join(trace, result, [(t, trace.entry(t)) for t in args if isinstance(t, Tensor)])
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm", "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update")  # fmt: skip
+def batch_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Each channel (dim 1) has its own weight, bias and running statistics."""
+    parts = [(args[0], trace.entry(args[0]))]
+    for tensor in args[1:5]:
+        if isinstance(tensor, Tensor):
+            entry = trace.entry(tensor)
+            fields = tuple(_along_channels(field, out[0].shape) for field in entry.fields)
+            parts.append((tensor, Entry(fields, entry.static, entry.weights)))
+    _join(trace, out[0], parts)
+
+
+@rule("native_group_norm")
+def group_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """As batch norm; the norm's groups must stay of equal size, so they lose channels at the same places."""
+    batch_norm(trace, func, args[:3], kwargs, out)
+    groups = args[7] if len(args) > 7 else kwargs["group"]
+    for field in trace.entry(out[0]).fields:
+        if groups > 1 and 1 in varying(field):
+            parts = field.unflatten(1, (groups, -1))
+            trace.unite(parts, parts[:, :1].expand(parts.shape))
+
+
+def _along_channels(field: Tensor, shape: Iterable[int]) -> Tensor:
+    return vary_along(field.contiguous(), list(shape), 1)
+
+
+# ---------------------------------------------------------------------------------------------- products
+
+
+@rule("mm")
+def mm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """``(n, k) @ (k, m)``."""
+    _product(trace, out, args[0], args[1], lambda a: a.unsqueeze(1), lambda b: b.t().unsqueeze(0))
+
+
+@rule("bmm")
+def bmm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """``(b, n, k) @ (b, k, m)``."""
+    _product(trace, out, args[0], args[1], lambda a: a.unsqueeze(2), lambda b: b.transpose(1, 2).unsqueeze(1))
+
+
+@rule("mv")
+def mv(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """``(n, k) @ (k,)``."""
+    _product(trace, out, args[0], args[1], lambda a: a, lambda b: b.unsqueeze(0))
+
+
+@rule("addmm", "baddbmm")
+def product_and_bias(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """A product plus a bias, added element by element."""
+    bias, first, second = args[:3]
+    (mm if first.ndim == 2 else bmm)(trace, func, (first, second), {}, out)
+    _join(trace, out, [(out, trace.entry(out)), (bias, trace.entry(bias))])
+
+
+def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any, spread_b: Any) -> None:
+    """A sum over the last dim of a common space, the others being `out`'s.
+
+    Channels of both operands that meet in the sum are one. Channels along the other dims stay. Where none stays but
+    what was summed up differs along other dims (queries with keys, head by head), each of these makes a new label.
+    """
+    entry_a, entry_b = trace.entry(a), trace.entry(b)
+    space = (*out.shape, a.shape[-1])
+    last = out.ndim
+    both = []
+    for entry, spread in ((entry_a, spread_a), (entry_b, spread_b)):
+        fields = [spread(field).expand(space) for field in entry.fields]
+        both.append(([f for f in fields if last in varying(f)], [f for f in fields if last not in varying(f)]))
+        if entry.static:
+            trace.flops.update({w: trace.flops.get(w, 0) + 2 * math.prod(space) for w in entry.weights})
+    (summed_a, kept_a), (summed_b, kept_b) = both
+    for entry, summed, kept in ((entry_a, summed_a, kept_a), (entry_b, summed_b, kept_b)):
+        for field in summed if entry.static else ():
+            trace.mark("column", field)
+        for field in kept if entry.static else ():
+            trace.mark("row", field)
+    for first in summed_a:
+        for second in summed_b:
+            trace.unite(first, second)
+    summed = [*summed_a, *summed_b]
+    for field in summed:
+        trace.mark("consumed", field)
+    kept = trace.joined([field.select(last, 0) for field in (*kept_a, *kept_b)])
+    if not kept and summed_a and summed_b:
+        kept = _bundled(trace, summed, last)
+    is_static = entry_a.static and entry_b.static
+    trace.set(out, kept, is_static, entry_a.weights | entry_b.weights if is_static else ())
+
+
+def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> list[Tensor]:
+    from .labels import compressed
+
+    fields = [compressed(field, trace.labels) for field in summed]
+    dims = sorted(frozenset().union(*(varying(field) for field in fields)) - {last})
+    if not dims:
+        return []
+    shape = fields[0].shape
+    heads = math.prod(shape[dim] for dim in dims)
+    ids = torch.from_numpy(trace.labels.new(heads))
+    bundle = ids.view([shape[d] if d in dims else 1 for d in range(len(shape))]).expand(shape)
+    for field in fields:
+        small = tuple(slice(None) if d in dims or d == last else slice(0, 1) for d in range(len(shape)))
+        trace.bundles.append((bundle[small].reshape(-1).numpy(), field[small].reshape(-1).numpy()))
+    return [bundle.select(last, 0)]
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution")
+def convolution(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Weight ``(out, in / groups, …)``, transposed ``(in, out / groups, …)``; groups stay of equal size."""
+    image, weight, bias = args[:3]
+    transposed, groups = args[6], args[8]
+    inputs, weights = trace.entry(image), trace.entry(weight)
+    in_dim = 0 if transposed else 1
+    in_channels, out_channels = image.shape[1], out.shape[1]
+    for name in weights.weights if weights.static else ():
+        per_output = weight.numel() // weight.shape[1 - in_dim]
+        uses = out.numel() if not transposed else image.numel() * weight.shape[1] // per_output
+        trace.flops[name] = trace.flops.get(name, 0) + 2 * uses * per_output
+    fields: list[Tensor] = []
+    channel_fields = [field for field in inputs.fields if varying(field) == {1}]
+    if any(1 in varying(field) and varying(field) != {1} for field in inputs.fields):
+        raise Untraceable("a convolution reads channels that differ from place to place")
+    writers = _out_ids(weights, 1 - in_dim, groups if transposed else 1)
+    readers = _out_ids(weights, in_dim, 1 if transposed else groups)
+    per_channel = [field[:1].reshape(field.shape[1], -1)[:, 0] for field in channel_fields]
+    for ids in per_channel:
+        trace.labels.mark("consumed", ids.numpy())
+        for read in readers:
+            trace.labels.mark("column", read.numpy())
+            trace.labels.unite(ids.numpy(), read.numpy())
+    for ids in writers:
+        trace.labels.mark("row", ids.numpy())
+        if groups > 1:
+            _grouped(trace, ids, per_channel, groups, in_channels == groups)
+        fields.append(vary_along(ids, out.shape, 1))
+    if not channel_fields:
+        for read in readers:
+            trace.labels.mark("column", read.numpy())
+            trace.labels.mark("consumed", read.numpy())
+    trace.set(out, fields)
+    if isinstance(bias, Tensor):
+        entry = trace.entry(bias)
+        spread = tuple(_along_channels(field, out.shape) for field in entry.fields)
+        _join(trace, out, [(out, trace.entry(out)), (bias, Entry(spread, entry.static, entry.weights))])
+    assert out_channels % groups == 0
+
+
+def _out_ids(weights: Entry, dim: int, groups: int) -> list[Tensor]:
+    """Labels along a dim of a weight, over all its conv groups."""
+    found = [field for field in weights.fields if varying(field) == {dim}]
+    return [field.select(1 - dim, 0).reshape(field.shape[dim], -1)[:, 0].repeat(groups) for field in found]
+
+
+def _grouped(trace: LabelTrace, writers: Tensor, inputs: list[Tensor], groups: int, depthwise: bool) -> None:
+    parts = writers.view(groups, -1)
+    if not depthwise:
+        trace.unite(parts, parts[:1].expand(parts.shape))
+        return
+    for ids in inputs:
+        trace.unite(parts, ids.view(groups, 1).expand(parts.shape))
+
+
+# ---------------------------------------------------------------------------------------------- picking and joining
+
+
+@rule("embedding")
+def embedding(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """A table's columns are channels; its rows are looked up."""
+    table = trace.entry(args[0])
+    fields = [field for field in table.fields if varying(field) == {1}]
+    for field in fields if table.static else ():
+        trace.mark("column", field)
+        trace.mark("row", field)
+    trace.set(out, [field[0].expand(out.shape) for field in fields])
+
+
+@rule("index", "_unsafe_index")
+def index(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """``tensor[..., indices, ...]``."""
+    source = trace.entry(args[0])
+    indices = list(args[1])
+    picked = [dim for dim, picks in enumerate(indices) if picks is not None]
+    if any(picks is not None and picks.dtype in (torch.bool, torch.uint8) for picks in indices):
+        raise Untraceable("it selects elements by a computed mask")
+    if source.static and picked == [0]:
+        trace.experts.update(dict.fromkeys(source.weights, args[0].shape[0]))
+    fields = _without(trace, source, picked)
+    new_dims = out.ndim - (args[0].ndim - len(picked))
+    at = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
+    shaped = []
+    for field in fields:
+        rest = field[tuple(0 if dim in picked else slice(None) for dim in range(field.ndim))]
+        shaped.append(rest[(slice(None),) * at + (None,) * new_dims].expand(out.shape))
+    _keep(trace, source, out, shaped)
+
+
+@rule("index_select", "gather", "take_along_dim", "topk", "sort", "cummax", "cumsum", "cumprod", "median", "kthvalue", "logcumsumexp")  # fmt: skip
+def picked_along(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Elements along one dim are picked, ranked or accumulated: channels along it compete or are looked up."""
+    source = trace.entry(args[0])
+    name = func._schema.name.removeprefix("aten::")
+    position = 2 if name in ("topk", "kthvalue") else 1
+    dim = args[position] if len(args) > position and not isinstance(args[position], Tensor) else kwargs.get("dim", -1)
+    dim %= max(args[0].ndim, 1)
+    result = out if isinstance(out, Tensor) else out[0]
+    fields = _without(trace, source, [dim])
+    _keep(trace, source, result, [first_of(field, [dim], result.shape) for field in fields])
+
+
+def _without(trace: LabelTrace, source: Entry, dims: Iterable[int]) -> list[Tensor]:
+    """Fields that do not vary along `dims`; labels of the others, unless of a weight, cannot vanish."""
+    kept = []
+    for field in source.fields:
+        if varying(field).isdisjoint(dims):
+            kept.append(field)
+        elif not source.static:
+            trace.mark("fixed", field)
+    return kept
+
+
+@rule("index_add", "scatter", "scatter_add", "index_copy", "scatter_reduce")
+def written_along(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Elements are added or written at places along one dim."""
+    target, dim, source = args[0], args[1] % args[0].ndim, args[3]
+    if not isinstance(source, Tensor):
+        source = target
+    entry = trace.entry(source)
+    fields = tuple(first_of(field, [dim], out.shape) for field in _without(trace, entry, [dim]))
+    _join(trace, out, [(target, trace.entry(target)), (source, Entry(fields, entry.static, entry.weights))])
+
+
+@rule("index_put")
+def put(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Elements are written at places along the first dims."""
+    target, indices, values = args[:3]
+    entry = trace.entry(values)
+    rest = out.ndim - len(indices)
+    if any(picks is None for picks in indices):
+        raise Untraceable("it writes at computed places of inner dims")
+    fields = []
+    for field in entry.fields:
+        outer = range(field.ndim - rest)
+        if not varying(field).isdisjoint(outer):
+            raise Untraceable("it writes channels at computed places")
+        fields.append(field[(0,) * len(outer)].expand(out.shape))
+    _join(trace, out, [(target, trace.entry(target)), (values, Entry(tuple(fields), entry.static, entry.weights))])
+
+
+@rule("cat")
+def cat(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Along the dim channels follow one another; along the others they must stay as many, so they are one."""
+    tensors = [tensor for tensor in args[0] if tensor.ndim == out.ndim]  # an empty cache may be one-dimensional
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    entries = [trace.entry(tensor) for tensor in tensors]
+    is_static = all(entry.static for entry in entries)
+    pieces, across = [], []
+    for tensor, entry in zip(tensors, entries, strict=True):
+        along = [field for field in entry.fields if dim in varying(field)]
+        if len(along) > 1 or (entry.static and not is_static):
+            along = [field for field in along if len(varying(field)) > 1 or not entry.static]
+        pieces.append(along[0] if along else torch.zeros(1, dtype=torch.int32).expand(tensor.shape))
+        across += [
+            first_of(field, [dim], out.shape) for field in entry.fields if dim not in varying(field) and tensor.numel()
+        ]
+    fields = trace.joined(across)
+    if any(varying(piece) for piece in pieces):
+        joined = torch.cat([piece.expand(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)], dim)
+        inner = [field for field in fields if varying(field) < varying(joined) - {dim}]
+        fields = [joined, *(field for field in fields if field not in inner and varying(field).isdisjoint(varying(joined)))]
+    trace.set(out, fields, is_static, frozenset().union(*(entry.weights for entry in entries)) if is_static else ())
+
+
+@rule("stack")
+def stack(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """A concatenation along a new dim."""
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    tensors = []
+    for tensor in args[0]:
+        entry = trace.entry(tensor)
+        tensors.append(torch.empty(tensor.shape, device="meta").unsqueeze(dim))
+        _keep(trace, entry, tensors[-1], [field.unsqueeze(dim) for field in entry.fields])
+    cat(trace, func, (tensors, dim), {}, out)
+
+
+# ---------------------------------------------------------------------------------------------- along a dim
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
+def softmax(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Channels that compete in a softmax cannot vanish without changing the others."""
+    source = trace.entry(args[0])
+    dim = args[1] % args[0].ndim
+    for field in source.fields:
+        if dim in varying(field):
+            trace.mark("fixed", field)
+    _keep(trace, source, out, source.fields)
+
+
+@rule("sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "linalg_vector_norm", "norm", "any", "all", "logsumexp", "std_correction", "count_nonzero")  # fmt: skip
+def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Channels along reduced dims end here (the mean of a norm); those along others go on."""
+    tensor, source = args[0], trace.entry(args[0])
+    name = func._schema.name.removeprefix("aten::")
+    given = [argument.name for argument in func._schema.arguments]
+    dims = args[given.index("dim")] if "dim" in given and len(args) > given.index("dim") else kwargs.get("dim")
+    if name in ("max", "min") and len(args) > 1 and isinstance(args[1], Tensor):
+        pointwise(trace, func, args, kwargs, out)
+        return
+    dims = range(tensor.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {dim % tensor.ndim for dim in dims}
+    for result in out if isinstance(out, tuple) else (out,):
+        fields = []
+        for field in source.fields:
+            if varying(field).isdisjoint(gone):
+                index = tuple(0 if dim in gone else slice(None) for dim in range(field.ndim))
+                keepdim = result.ndim == field.ndim
+                fields.append(first_of(field, gone, result.shape) if keepdim else field[index])
+            elif name in ("amax", "amin", "max", "min", "prod") and not source.static:
+                trace.mark("fixed", field)
+        _keep(trace, source, result, fields)
+
+
+# ---------------------------------------------------------------------------------------------- space
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool1d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "reflection_pad2d", "reflection_pad1d", "replication_pad2d", "grid_sampler_2d")  # fmt: skip
+def resampled(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Places are pooled, resized or padded; channels stay."""
+    result = out if isinstance(out, Tensor) else out[0]
+    source = trace.entry(args[0])
+    dims = [dim for dim in range(result.ndim) if result.shape[dim] != args[0].shape[dim] or dim >= 2]
+    fields = [field for field in source.fields if varying(field).isdisjoint(dims)]
+    if len(fields) != len(source.fields) and not source.static:
+        raise Untraceable(f"{func._schema.name.removeprefix('aten::')} mixes channels that differ from place to place")
+    _keep(trace, source, result, [field[tuple(slice(0, 1) if d in dims else slice(None) for d in range(field.ndim))].expand(result.shape) for field in fields])  # fmt: skip
+
+
+@rule("constant_pad_nd")
+def padded(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Padding of places keeps channels; padded channels are nobody's."""
+    source = trace.entry(args[0])
+    changed = [dim for dim in range(out.ndim) if out.shape[dim] != args[0].shape[dim]]
+    fields = []
+    for field in source.fields:
+        if varying(field).isdisjoint(changed):
+            index = tuple(slice(0, 1) if dim in changed else slice(None) for dim in range(field.ndim))
+            fields.append(field[index].expand(out.shape))
+        else:
+            fields.append(torch.constant_pad_nd(field, args[1], 0))
+    _keep(trace, source, out, fields)
+
+
+@rule("im2col")
+def unfolded(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """``(batch, channels, height, width)`` to ``(batch, channels × kernel, places)``."""
+    source = trace.entry(args[0])
+    if any(varying(field) != {1} for field in source.fields):
+        raise Untraceable("im2col mixes channels that differ from place to place")
+    repeat = out.shape[1] // args[0].shape[1]
+    fields = [vary_along(field[0, :, 0, 0].repeat_interleave(repeat), out.shape, 1) for field in source.fields]
+    _keep(trace, source, out, fields)

@@ -1,0 +1,105 @@
+"""A weightless copy of a model to trace, and example inputs for it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+TOKENS = 4
+SAMPLES = 4000
+
+Inputs = dict[str, Any] | tuple[Any, ...]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of `model` on the meta device: same modules, shapes and ties, no weight memory, everything trainable.
+
+    Quantised linear layers become plain ones of their shape, and hooks that move weights between devices are left out.
+    The model itself is not touched.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        trainable = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=_is_float(tensor)) if trainable else empty
+    for module in model.modules():
+        if hasattr(module, "_hf_hook"):  # holds offloaded weights
+            memo[id(module._hf_hook)] = module._hf_hook
+        if _is_packed(module):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            memo[id(module)] = plain
+    bones = copy.deepcopy(model, memo)
+    for module in bones.modules():
+        if hasattr(module, "_hf_hook"):
+            module.forward = module._old_forward
+            del module._hf_hook, module._old_forward
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
+            module.config._attn_implementation_internal = "eager"
+            module.config._experts_implementation_internal = "batched_mm"
+    return bones.train(False)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight quantised."""
+    if not isinstance(module, nn.Linear) or type(module) is nn.Linear:
+        return False
+    weight = module.weight
+    return not _is_float(weight) or tuple(weight.shape) != (module.out_features, module.in_features)
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Small inputs of the right kind for a transformers model: a few tokens, an image, some sound.
+
+    Raises:
+        InputError: if the model's main input is none of these, or it is no transformers model.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        raise InputError(f"{type(model).__name__} is no transformers model: give trace its example_inputs")
+    known = inspect.signature(model.forward).parameters
+    if main == "input_ids":
+        token = 1 if config.get_text_config().pad_token_id == 0 else 0
+        token_ids = torch.full((1, TOKENS), token)
+        inputs = {main: token_ids, "attention_mask": torch.ones_like(token_ids), "decoder_input_ids": token_ids}
+    elif main == "pixel_values":
+        inputs = {main: torch.zeros(1, getattr(config, "num_channels", 3), *_image_size(config))}
+    elif main == "input_features":
+        inputs = {main: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+        inputs["decoder_input_ids"] = torch.ones(1, TOKENS, dtype=torch.long)
+    elif main == "input_values":
+        inputs = {main: torch.zeros(1, SAMPLES)}
+    else:
+        raise InputError(f"{type(model).__name__} reads {main}: give trace its example_inputs")
+    if not getattr(config, "is_encoder_decoder", False):
+        inputs.pop("decoder_input_ids", None)
+    return {name: value for name, value in (inputs | {"use_cache": False}).items() if name in known}
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder/encoder blocks or stages: members of the outermost lists of alike modules, in order."""
+    found: list[str] = []
+    outer = "\n"
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or name.startswith(outer):
+            continue
+        children = list(module.children())
+        alike = len({type(child) for child in children}) == 1 and any(True for _ in children[0].children())
+        if alike and (isinstance(module, nn.ModuleList) or len(children) > 1):
+            outer = f"{name}." if name else ""
+            found += [f"{outer}{number}" for number in range(len(children))]
+    return found
