@@ -60,9 +60,15 @@ def dependency_graph(model: nn.Module, inputs: Any, forward: Callable[..., Any])
             forward_fn=forward,
             output_transform=lambda out: [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None],
             customized_pruners={Conv1D: Conv1DPruner()},
+            ignored_layers=[module for module in model.modules() if _is_unusual(module)],
             verbose=False,
         )
     return backend
+
+
+def _is_unusual(module: nn.Module) -> bool:
+    """A linear layer in name only (a router): Torch-Pruning expects one tensor to come out of it."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -32,6 +33,7 @@ class LabelTrace(TorchDispatchMode):
         experts: weights whose first dim was indexed -> its size: they are so many independent copies.
         flops: multiplications and additions with each weight.
         used: names of the weights seen.
+        shapes: of all labelled tensors by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,6 +46,7 @@ class LabelTrace(TorchDispatchMode):
         self.used: set[str] = set()
         self._entries: Any = WeakTensorKeyDictionary()
         tensors = labelled_tensors(model)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
         self.labels.reserve(sum(sum(tensor.shape) for _, tensor in tensors))
         for name, tensor in tensors:
             fields = []
@@ -113,6 +116,18 @@ class LabelTrace(TorchDispatchMode):
     def mark(self, mark: str, field: Tensor) -> None:
         """Mark all labels of a field."""
         self.labels.mark(mark, _ids(field[core(field)]))
+
+
+class ListIndices(TorchFunctionMode):
+    """Keeps the values of lists that index a tensor: on the meta device they would be lost."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            parts = (torch.tensor(part) if isinstance(part, list) else part for part in args[1])
+            args = (args[0], tuple(parts))
+        elif func is Tensor.__getitem__ and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]))
+        return func(*args, **(kwargs or {}))
 
 
 def labelled_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

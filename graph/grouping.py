@@ -54,7 +54,7 @@ def coupled_groups(
     classes = _classes(trace)
     members = _members(classes)
     heads, partners = _heads(classes, len(members))
-    kinds = _kinds(classes, members, blocks)
+    kinds = _kinds(trace, classes, members, blocks)
     groups = []
     for number, group_members in enumerate(members):
         tied = tuple(dict.fromkeys(ties[m.port.parameter] for m in group_members if m.port.parameter in ties))
@@ -221,10 +221,14 @@ def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup]) -> bool:
 # ---------------------------------------------------------------------------------------------- names
 
 
-def _kinds(classes: Classes, members: Sequence[Sequence[Member]], blocks: Sequence[str]) -> list[str]:
+def _kinds(
+    trace: LabelTrace, classes: Classes, members: Sequence[Sequence[Member]], blocks: Sequence[str]
+) -> list[str]:
     kinds = []
     attention = {"attention-qk": classes.heads[:, 1], "attention-vo": classes.values[:, 1]}
     of_kind = {kind: set(np.unique(classes.group[channels]).tolist()) for kind, channels in attention.items()}
+    plain = trace.labels.marked("activated") & ~np.isin(classes.of_label, classes.of_label[trace.labels.marked("convolved")])
+    activated = set(np.unique(classes.group[classes.of_label[plain]]).tolist())
     of_heads = set(np.unique(classes.group[classes.heads[:, 0]]).tolist())
     for number, group_members in enumerate(members):
         homes = {_block_of(member.module, blocks) for member in group_members}
@@ -237,7 +241,7 @@ def _kinds(classes: Classes, members: Sequence[Sequence[Member]], blocks: Sequen
         elif number in of_kind["attention-qk"]:
             kinds.append("attention-qk")
         else:
-            kinds.append("channels" if homes == {None} else "mlp")
+            kinds.append("mlp" if number in activated and homes != {None} else "channels")
     return kinds
 
 
@@ -257,9 +261,11 @@ def _names(groups: Sequence[CouplingGroup], blocks: Sequence[str]) -> list[str]:
         if group.kind == "residual":
             name = "residual" if residuals == 1 or not common else f"{common}.residual"
         elif group.kind in ("attention-vo", "attention-qk", "attention-heads"):
-            name = f"{common}.{group.kind.removeprefix('attention-')}".lstrip(".")
+            holder = common.rpartition(".")[0] if common in modules else common
+            name = f"{holder}.{group.kind.removeprefix('attention-')}".lstrip(".")
         elif group.kind == "mlp":
-            name = f"{common}.mlp" if common in blocks else common
+            scattered = any(module.count(".") > common.count(".") + 1 for module in modules)
+            name = f"{common}.mlp" if common in blocks or scattered else common
         else:
             name = next(member.module for member in group.members if member.axis == "row")
         names.append(name)

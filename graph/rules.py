@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .labels import Entry, Untraceable, first_of, reshaped, varying, vary_along
+from .labels import Entry, Untraceable, compressed, first_of, reshaped, varying, vary_along
 
 if TYPE_CHECKING:
     from .dispatch import LabelTrace
 
 Rule = Callable[["LabelTrace", Any, Any, Any, Any], None]
 RULES: dict[str, Rule] = {}
+ACTIVATIONS = {
+    "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "selu", "sigmoid",
+    "silu", "softplus", "tanh", "_prelu_kernel",
+}  # fmt: skip
 
 
 def propagate(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -76,6 +82,15 @@ def same_tensor(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tenso
     _keep(trace, source, out, source.fields)
 
 
+@rule("as_strided")
+def restrided(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """The same elements in another order in memory, as some pooling layers do in place."""
+    source = trace.entry(args[0])
+    if any(tuple(args[1]) != field.shape for field in source.fields):
+        raise Untraceable("it makes overlapping views (as_strided)")
+    _keep(trace, source, out, source.fields)
+
+
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "argmax", "argmin", "bernoulli", "fill", "zero", "sym_size", "_assert_async", "isin", "one_hot", "bucketize", "searchsorted")  # fmt: skip
 def nothing(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Shapes or ranks alone are taken from the tensor, no channel."""
@@ -83,11 +98,19 @@ def nothing(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> N
 
 @rule("copy")
 def copied(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Writing a whole tensor; writing a part of one would need the labels of all its views."""
+    """Writing a whole tensor, or a part of one in place."""
     source = trace.entry(args[1])
-    if source.fields and out._is_view():
-        raise Untraceable("it writes into a part of a tensor in place")
-    trace.set(out, [field.expand(out.shape) for field in source.fields], source.static, source.weights)
+    fields = [field.expand(out.shape) for field in source.fields]
+    trace.set(out, fields, source.static, source.weights)
+    if not out._is_view() or out._base is None:
+        return
+    base, known = out._base, trace.entry(out._base).fields
+    if len(fields) > 1 or len(known) > 1 or not base.is_contiguous():
+        raise Untraceable("it writes several kinds of channels into a part of a tensor in place")
+    whole = known[0].contiguous() if known else torch.zeros(base.shape, dtype=torch.int32)
+    part = whole.as_strided(out.shape, out.stride(), out.storage_offset() - base.storage_offset())
+    part.copy_(fields[0] if fields else torch.zeros((), dtype=torch.int32))
+    trace.set(base, [whole])
 
 
 @rule("view_as_complex")
@@ -115,6 +138,9 @@ def pointwise(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) ->
     result = out if isinstance(out, Tensor) else out[0]
     sources = [trace.entry(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if func._schema.name.removeprefix("aten::").removesuffix("_") in ACTIVATIONS:
+        for field in itertools.chain.from_iterable(source.fields for source in sources):
+            trace.mark("activated", field)
     _join(trace, result, zip(operands, sources, strict=True))
 
 
@@ -133,12 +159,12 @@ def _join(trace: LabelTrace, out: Tensor, parts: Iterable[tuple[Tensor, Entry]])
         static = [field for field in static if any(varying(field) <= dims for dims in channels)]
     for field in static:
         trace.mark("row", field)
-    is_static = all(entry.static for _, entry in labelled) and not dynamic
+    is_static = bool(labelled) and not dynamic
     weights = frozenset().union(*(entry.weights for _, entry in labelled)) if is_static else frozenset()
     trace.set(out, trace.joined([*fields, *static]), is_static, weights)
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm", "_weight_norm_interface")
 def layer_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Each channel is scaled and shifted by its own weight and bias."""
     result = out if isinstance(out, Tensor) else out[0]
@@ -230,26 +256,23 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
         trace.mark("consumed", field)
     kept = trace.joined([field.select(last, 0) for field in (*kept_a, *kept_b)])
     if not kept and summed_a and summed_b:
-        kept = _bundled(trace, summed, last)
-    is_static = entry_a.static and entry_b.static
-    trace.set(out, kept, is_static, entry_a.weights | entry_b.weights if is_static else ())
+        kept = [_bundled(trace, summed, last).select(last, 0)]
+    trace.set(out, kept)
 
 
-def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> list[Tensor]:
-    from .labels import compressed
-
+def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> Tensor:
+    """A field of new labels, one for each different set of channels that was summed up (a head)."""
     fields = [compressed(field, trace.labels) for field in summed]
     dims = sorted(frozenset().union(*(varying(field) for field in fields)) - {last})
-    if not dims:
-        return []
-    shape = fields[0].shape
-    heads = math.prod(shape[dim] for dim in dims)
-    ids = torch.from_numpy(trace.labels.new(heads))
-    bundle = ids.view([shape[d] if d in dims else 1 for d in range(len(shape))]).expand(shape)
-    for field in fields:
-        small = tuple(slice(None) if d in dims or d == last else slice(0, 1) for d in range(len(shape)))
-        trace.bundles.append((bundle[small].reshape(-1).numpy(), field[small].reshape(-1).numpy()))
-    return [bundle.select(last, 0)]
+    small = tuple(slice(None) if d in (*dims, last) else slice(0, 1) for d in range(last + 1))
+    shape = fields[0][small].shape
+    channels = [field[small].reshape(-1, shape[last]).numpy() for field in fields]
+    _, heads = np.unique(channels[0], axis=0, return_inverse=True)
+    heads = heads.reshape(-1)
+    ids = trace.labels.new(int(heads.max()) + 1)[heads]
+    for part in channels:
+        trace.bundles.append((np.repeat(ids, shape[last]), part.reshape(-1)))
+    return torch.from_numpy(ids).view(*shape[:last], 1).expand(fields[0].shape)
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution")
@@ -271,6 +294,8 @@ def convolution(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tenso
     writers = _out_ids(weights, 1 - in_dim, groups if transposed else 1)
     readers = _out_ids(weights, in_dim, 1 if transposed else groups)
     per_channel = [field[:1].reshape(field.shape[1], -1)[:, 0] for field in channel_fields]
+    for ids in (*per_channel, *writers):
+        trace.labels.mark("convolved", ids.numpy())
     for ids in per_channel:
         trace.labels.mark("consumed", ids.numpy())
         for read in readers:
@@ -332,6 +357,9 @@ def index(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
         raise Untraceable("it selects elements by a computed mask")
     if source.static and picked == [0]:
         trace.experts.update(dict.fromkeys(source.weights, args[0].shape[0]))
+    if not source.static and all(picks is None or not picks.is_meta for picks in indices):
+        _keep(trace, source, out, [func(field, indices) for field in source.fields])
+        return
     fields = _without(trace, source, picked)
     new_dims = out.ndim - (args[0].ndim - len(picked))
     at = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
 from .backend import dataflow, dependency_graph, disagreement
-from .dispatch import LabelTrace, labelled_tensors
+from .dispatch import LabelTrace, ListIndices
 from .grouping import coupled_groups
 from .labels import Untraceable
 from .skeleton import blocks, example_inputs, skeleton
@@ -49,7 +49,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
     exposed: list[Tensor] = []
 
     def forward(module: nn.Module, given: Any) -> Any:
-        with labels, sdpa_kernel(SDPBackend.MATH):
+        with labels, ListIndices(), sdpa_kernel(SDPBackend.MATH):
             out = module(**given) if isinstance(given, Mapping) else module(*given)
         exposed.extend(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
@@ -75,7 +75,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
         warnings.warn(f"the traced forward does not use {', '.join(unreached[:3])}" + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""), stacklevel=3)  # fmt: skip
     return ModelGraph(
         groups=groups,
-        shapes={name: tuple(tensor.shape) for name, tensor in labelled_tensors(bones)},
+        shapes=labels.shapes,
         flops=labels.flops,
         inputs=_shapes(inputs),
         blocks=tuple(stages),
