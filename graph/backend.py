@@ -58,7 +58,9 @@ def dependency_graph(model: nn.Module, inputs: Any, forward: Callable[..., Any])
             model,
             inputs,
             forward_fn=forward,
-            output_transform=lambda out: [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None],
+            output_transform=lambda out: [
+                t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None
+            ],
             customized_pruners={Conv1D: Conv1DPruner()},
             ignored_layers=[module for module in model.modules() if _is_unusual(module)],
             verbose=False,
@@ -95,7 +97,11 @@ def dataflow(backend: torch_pruning.DependencyGraph) -> networkx.DiGraph:
             kind, type_ = ("operation" if operation else "layer"), type(module).__name__
             name = f"operation {number}" if operation else backend._module2name[module]
         else:
-            kind, name, type_ = "operation", f"operation {number}", str(getattr(module, "_name", type(module).__name__))
+            kind, name, type_ = (
+                "operation",
+                f"operation {number}",
+                str(getattr(module, "_name", type(module).__name__)),
+            )
         names[node] = name
         graph.add_node(name, kind=kind, type=type_)
     graph.add_edges_from((names[node], names[after]) for node in names for after in node.outputs)
@@ -109,15 +115,22 @@ def disagreement(
 
     It treats what it does not know as passing channels on, so it may connect more than the groups do, never less.
     """
+    pruners = {node: backend.get_pruner_of_module(module) for module, node in backend.module2node.items()}
+
+    def vertex(node: Node, function: Any) -> tuple[Node, str]:
+        if not _has_two_sides(pruners[node]):
+            return node, "both"
+        return node, "out" if function == pruners[node].prune_out_channels else "in"
+
     graph: networkx.Graph = networkx.Graph()
-    for node in backend.module2node.values():
+    for node in pruners:
         for dependency in node.dependencies:
-            source = (dependency.source, _side(backend, dependency.source, dependency.trigger))
-            target = (dependency.target, _side(backend, dependency.target, dependency.handler))
-            graph.add_edge(source, target)
-    for vertex, port in _ports(backend):
-        graph.add_edge(vertex, port)  # a tied weight hangs on several
-    component = {v: number for number, found in enumerate(networkx.connected_components(graph)) for v in found}
+            graph.add_edge(vertex(node, dependency.trigger), vertex(dependency.target, dependency.handler))
+    for place, port in _ports(backend):
+        graph.add_edge(place, port)  # a tied weight hangs on several
+    component = {
+        place: number for number, places in enumerate(networkx.connected_components(graph)) for place in places
+    }
     for group in groups:
         ports = [replace(m.port, expert=None) for m in group.members if not m.shared]
         seen = [port for port in ports if port in component]
@@ -127,19 +140,15 @@ def disagreement(
     return None
 
 
-def _side(backend: torch_pruning.DependencyGraph, node: Node, function: Any) -> str:
-    pruner = backend.get_pruner_of_module(node.module)
-    if pruner.prune_in_channels == pruner.prune_out_channels:
-        return "both"
-    return "out" if function == pruner.prune_out_channels else "in"
+def _has_two_sides(pruner: Any) -> bool:
+    return pruner.prune_in_channels != pruner.prune_out_channels
 
 
 def _ports(backend: torch_pruning.DependencyGraph) -> Iterator[tuple[Hashable, Port]]:
     """Vertices of Torch-Pruning's layers and parameters with the ports that hang on them."""
     names = {parameter: name for name, parameter in backend.model.named_parameters()}
     for module, node in backend.module2node.items():
-        pruner = backend.get_pruner_of_module(module)
-        two_sided = pruner.prune_in_channels != pruner.prune_out_channels
+        two_sided = _has_two_sides(backend.get_pruner_of_module(module))
         parameters = [module] if isinstance(module, nn.Parameter) else []
         if isinstance(module, nn.Module):
             parameters = list(module.parameters(recurse=False))

@@ -65,6 +65,10 @@ class LabelTrace(TorchDispatchMode):
             propagate(self, func, args, kwargs, out)
         return out
 
+    def forget(self) -> None:
+        """Drop what tensors carry once the model has run; labels stay."""
+        self._entries.clear()
+
     def entry(self, tensor: Any) -> Entry:
         """What a tensor carries; nothing for a tensor that no weight made."""
         found = self._entries.get(tensor) if isinstance(tensor, Tensor) else None
@@ -100,7 +104,9 @@ class LabelTrace(TorchDispatchMode):
                 others = varying(other)
                 if dims == others:
                     self.unite(field, other)
-                    kept[number] = torch.where(other > 0, other, field) if bool((other[core(other)] == 0).any()) else other
+                    kept[number] = (
+                        torch.where(other > 0, other, field) if bool((other[core(other)] == 0).any()) else other
+                    )
                     break
                 if dims < others:
                     self.gate(field, other)

@@ -61,7 +61,9 @@ def coupled_groups(
         size = len(group_members[0].index.table)
         group = CouplingGroup("", kinds[number], size, tuple(group_members), heads.get(number), ties=tied)
         groups.append(group)
-    groups = [replace(group, rotary=_is_rotary(group, [groups[p] for p in partners[n]])) for n, group in enumerate(groups)]
+    groups = [
+        replace(group, rotary=_is_rotary(group, [groups[p] for p in partners[n]])) for n, group in enumerate(groups)
+    ]
     names = _names(groups, blocks)
     named = [
         replace(group, id=names[number], partners=tuple(names[partner] for partner in partners[number]))
@@ -111,12 +113,13 @@ def _classes(trace: LabelTrace) -> Classes:
 
 def _pairs(of_label: Ids, records: Iterable[tuple[Ids, Ids]]) -> NDArray[np.int64]:
     """Distinct pairs of classes; pairs with label 0 say nothing."""
-    found = [np.zeros((0, 2), dtype=np.int64)]
+    count = int(of_label.max(initial=0)) + 1
+    found = [np.zeros(0, dtype=np.int64)]
     for first, second in records:
         first, second = np.broadcast_arrays(first, second)
         known = (first > 0) & (second > 0)
-        found.append(np.stack([of_label[first[known]], of_label[second[known]]], axis=1).astype(np.int64))
-    return np.unique(np.concatenate(found), axis=0)
+        found.append(np.unique(of_label[first[known]].astype(np.int64) * count + of_label[second[known]]))
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), count), axis=1)
 
 
 # ---------------------------------------------------------------------------------------------- members
@@ -227,7 +230,9 @@ def _kinds(
     kinds = []
     attention = {"attention-qk": classes.heads[:, 1], "attention-vo": classes.values[:, 1]}
     of_kind = {kind: set(np.unique(classes.group[channels]).tolist()) for kind, channels in attention.items()}
-    plain = trace.labels.marked("activated") & ~np.isin(classes.of_label, classes.of_label[trace.labels.marked("convolved")])
+    plain = trace.labels.marked("activated") & ~np.isin(
+        classes.of_label, classes.of_label[trace.labels.marked("convolved")]
+    )
     activated = set(np.unique(classes.group[classes.of_label[plain]]).tolist())
     of_heads = set(np.unique(classes.group[classes.heads[:, 0]]).tolist())
     for number, group_members in enumerate(members):

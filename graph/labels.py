@@ -98,8 +98,14 @@ class Labels:
 
     def classes(self) -> Ids:
         """For every label the number of its class, counted in the order of the classes' first labels."""
-        roots = self.find(np.arange(self._count, dtype=np.int32))
-        numbers = np.cumsum(roots == np.arange(self._count, dtype=np.int32), dtype=np.int32) - 1
+        roots = self._parent[: self._count]
+        while True:
+            above = roots[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        numbers = np.cumsum(roots == np.arange(self._count, dtype=np.int32), dtype=np.int32)
+        numbers -= 1
         return numbers[roots]
 
 
@@ -120,7 +126,9 @@ class Entry:
 
 def varying(field: Tensor) -> frozenset[int]:
     """Dims along which a compressed field varies."""
-    return frozenset(d for d, (size, stride) in enumerate(zip(field.shape, field.stride(), strict=True)) if size > 1 and stride)
+    return frozenset(
+        d for d, (size, stride) in enumerate(zip(field.shape, field.stride(), strict=True)) if size > 1 and stride
+    )
 
 
 def core(field: Tensor, *others: Tensor) -> tuple[slice, ...]:
@@ -138,7 +146,10 @@ def vary_along(ids: Ids | Tensor, shape: Sequence[int], dim: int) -> Tensor:
 def compressed(field: Tensor, labels: Labels) -> Tensor:
     """The field in standing labels, expanded along all dims in which it does not vary."""
     small = field[core(field)]
-    small = torch.from_numpy(labels.find(small.numpy().reshape(-1)).reshape(small.shape))
+    ids = small.reshape(-1).numpy()
+    roots = labels.find(ids)
+    if not np.array_equal(roots, ids):  # else the memory is shared with the field that it comes from
+        small = torch.from_numpy(roots.reshape(small.shape))
     for dim in range(small.ndim):
         if small.shape[dim] > 1 and not _differs(small, dim):
             small = small.narrow(dim, 0, 1)

@@ -442,7 +442,10 @@ def cat(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     if any(varying(piece) for piece in pieces):
         joined = torch.cat([piece.expand(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)], dim)
         inner = [field for field in fields if varying(field) < varying(joined) - {dim}]
-        fields = [joined, *(field for field in fields if field not in inner and varying(field).isdisjoint(varying(joined)))]
+        fields = [
+            joined,
+            *(field for field in fields if field not in inner and varying(field).isdisjoint(varying(joined))),
+        ]
     trace.set(out, fields, is_static, frozenset().union(*(entry.weights for entry in entries)) if is_static else ())
 
 

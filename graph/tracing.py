@@ -61,6 +61,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{name} cannot be traced ({reason}): give trace other example_inputs") from None
+    labels.forget()
     stages = blocks(bones)
     groups = coupled_groups(labels, stages, _ties(bones))
     broken = disagreement(backend, groups)
