@@ -148,12 +148,19 @@ def _ports(backend: torch_pruning.DependencyGraph) -> Iterator[tuple[Hashable, P
     """Vertices of Torch-Pruning's layers and parameters with the ports that hang on them."""
     names = {parameter: name for name, parameter in backend.model.named_parameters()}
     for module, node in backend.module2node.items():
-        two_sided = _has_two_sides(backend.get_pruner_of_module(module))
         parameters = [module] if isinstance(module, nn.Parameter) else []
         if isinstance(module, nn.Module):
             parameters = list(module.parameters(recurse=False))
+        two_sided = _has_two_sides(backend.get_pruner_of_module(module))
         for parameter in parameters:
             for dim in range(parameter.ndim):
-                reads = dim == (0 if isinstance(module, Conv1D | nn.modules.conv._ConvTransposeNd) else 1)
-                side = ("in" if reads and parameter.ndim > 1 else "out") if two_sided else "both"
-                yield (node, side), Port(names[parameter], dim)
+                for side in _sides(module, parameter, dim) if two_sided else ("both",):
+                    yield (node, side), Port(names[parameter], dim)
+
+
+def _sides(module: nn.Module, parameter: nn.Parameter, dim: int) -> tuple[str, ...]:
+    """Sides of a layer that a dim of its parameter may belong to; of layers with inner states, both."""
+    if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd | Conv1D):
+        return ("in", "out")
+    reading = 0 if isinstance(module, Conv1D | nn.modules.conv._ConvTransposeNd) else 1
+    return ("in",) if parameter.ndim > 1 and dim == reading else ("out",)

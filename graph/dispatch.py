@@ -6,7 +6,7 @@ work; whatever touches a weight is meta. What each operation does to labels is i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class LabelTrace(TorchDispatchMode):
 
     Attributes:
         labels: all labels, what is united, and their marks: ``row`` where a weight writes, ``column`` where it reads,
-            ``consumed`` by a sum over channels, ``fixed`` in a softmax or a ranking, ``exposed`` in the model's output.
+            ``consumed`` by a sum over channels, ``fixed`` in a softmax or a ranking, ``activated`` by a
+            nonlinearity, ``convolved``.
         bundles: pairs of (label of a head, labels that a product summed up into it).
         gates: pairs of (label, labels of the wider tensor that it multiplies or adds to).
         experts: weights whose first dim was indexed -> its size: they are so many independent copies.
@@ -78,8 +79,9 @@ class LabelTrace(TorchDispatchMode):
         return found
 
     def set(self, tensor: Tensor, fields: Iterable[Tensor], static: bool = False, weights: Iterable[str] = ()) -> None:
-        """Let `tensor` carry `fields`, each of its shape."""
-        kept = tuple(compressed(field, self.labels) for field in fields) if tensor.numel() else ()
+        """Let `tensor` carry `fields`, each of its shape; weights keep their own labels, for they are marked by them."""
+        labels = None if static else self.labels
+        kept = tuple(compressed(field, labels) for field in fields) if tensor.numel() else ()
         self._entries[tensor] = Entry(kept, static, frozenset(weights))
 
     def unite(self, first: Tensor, second: Tensor) -> None:
@@ -92,32 +94,45 @@ class LabelTrace(TorchDispatchMode):
         small = core(narrow, wide)
         self.gates.append((_ids(narrow[small]), _ids(wide[small])))
 
-    def joined(self, fields: list[Tensor], static: bool = False) -> list[Tensor]:
-        """The fields of what several tensors, added or multiplied element by element, make together.
+    def joined(self, operands: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+        """The fields of what operands, added or multiplied element by element, make together.
 
-        Fields that vary along the same dims are one; a field that varies along some of another's dims serves it.
+        Fields of different operands that vary along the same dims are one; a field that varies along some of
+        another's dims serves it. Fields of one operand stay apart: two of them may share a dim that was flattened.
         """
         kept: list[Tensor] = []
-        for field in fields:
-            dims = varying(field)
-            for number, other in enumerate(kept):
-                others = varying(other)
-                if dims == others:
-                    self.unite(field, other)
-                    kept[number] = (
-                        torch.where(other > 0, other, field) if bool((other[core(other)] == 0).any()) else other
-                    )
-                    break
-                if dims < others:
-                    self.gate(field, other)
-                    break
-                if others < dims:
-                    self.gate(other, field)
-                    kept[number] = field
-                    break
-            else:
-                kept.append(field)
-        return kept
+        for fields in operands:
+            free = list(range(len(kept)))
+            for field in reversed(fields):
+                dims = varying(field)
+                met = next((n for n in reversed(free) if varying(kept[n]) == dims), None)
+                if met is not None:
+                    self.unite(field, kept[met])
+                    kept[met] = _filled(kept[met], field)
+                    free.remove(met)
+                    continue
+                wider = [n for n in free if dims < varying(kept[n])]
+                narrower = [n for n in free if varying(kept[n]) < dims]
+                for n in wider:
+                    self.gate(field, kept[n])
+                for n in narrower:
+                    self.gate(kept[n], field)
+                    kept[n] = field
+                if not wider and not narrower:
+                    kept.append(field)
+        return list({id(field): field for field in kept}.values())
+
+    def matched(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Unite the fields of two operands along a dim that a product sums over.
+
+        Where one has more of them than the other, its outer ones cannot vanish on their own.
+        """
+        for one, other in zip(reversed(first), reversed(second), strict=False):
+            self.unite(one, other)
+        if first and second:
+            count = min(len(first), len(second))
+            for field in (*first[: len(first) - count], *second[: len(second) - count]):
+                self.mark("fixed", field)
 
     def mark(self, mark: str, field: Tensor) -> None:
         """Mark all labels of a field."""
@@ -146,6 +161,11 @@ def labelled_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
         if buffer.ndim
     ]
     return [*model.named_parameters(), *statistics]
+
+
+def _filled(field: Tensor, other: Tensor) -> Tensor:
+    """`field`, with `other`'s labels where it has none."""
+    return torch.where(field > 0, field, other) if bool((field[core(field)] == 0).any()) else field
 
 
 def _ids(field: Tensor) -> Ids:

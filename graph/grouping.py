@@ -272,7 +272,7 @@ def _names(groups: Sequence[CouplingGroup], blocks: Sequence[str]) -> list[str]:
             scattered = any(module.count(".") > common.count(".") + 1 for module in modules)
             name = f"{common}.mlp" if common in blocks or scattered else common
         else:
-            name = next(member.module for member in group.members if member.axis == "row")
+            name = next(m.module or m.port.parameter for m in group.members if m.axis == "row")
         names.append(name)
     totals, seen = Counter(names), Counter[str]()
     for number, name in enumerate(names):

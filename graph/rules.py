@@ -56,7 +56,18 @@ def _keep(trace: LabelTrace, source: Entry, out: Tensor, fields: Iterable[Tensor
 # ---------------------------------------------------------------------------------------------- same elements
 
 
-@rule("roll", "flip", "repeat", "rot90", "unfold", "_reshape_alias")
+@rule(
+    "roll",
+    "flip",
+    "repeat",
+    "rot90",
+    "unfold",
+    "_reshape_alias",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+)
 def same_view(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """The operation only moves elements: so it does with labels."""
     source = trace.entry(args[0])
@@ -151,17 +162,19 @@ def _join(trace: LabelTrace, out: Tensor, parts: Iterable[tuple[Tensor, Entry]])
     position embedding is no row per position.
     """
     labelled = [(tensor, entry) for tensor, entry in parts if entry.fields]
-    dynamic = [field.expand(out.shape) for tensor, entry in labelled if not entry.static for field in entry.fields]
-    static = [field.expand(out.shape) for tensor, entry in labelled if entry.static for field in entry.fields]
-    fields = trace.joined(dynamic)
-    if fields:
-        channels = [varying(field) for field in fields]
-        static = [field for field in static if any(varying(field) <= dims for dims in channels)]
-    for field in static:
+    dynamic, static = [], []
+    for _, entry in labelled:
+        fields = [field.expand(out.shape) for field in entry.fields]
+        (static if entry.static else dynamic).append(fields)
+    joined = trace.joined(dynamic)
+    if joined:
+        channels = [varying(field) for field in joined]
+        static = [[field for field in part if any(varying(field) <= dims for dims in channels)] for part in static]
+    for field in itertools.chain.from_iterable(static):
         trace.mark("row", field)
     is_static = bool(labelled) and not dynamic
     weights = frozenset().union(*(entry.weights for _, entry in labelled)) if is_static else frozenset()
-    trace.set(out, trace.joined([*fields, *static]), is_static, weights)
+    trace.set(out, trace.joined([joined, *static] if joined else static), is_static, weights)
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "_weight_norm_interface")
@@ -248,13 +261,11 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
             trace.mark("column", field)
         for field in kept if entry.static else ():
             trace.mark("row", field)
-    for first in summed_a:
-        for second in summed_b:
-            trace.unite(first, second)
+    trace.matched(summed_a, summed_b)
     summed = [*summed_a, *summed_b]
     for field in summed:
         trace.mark("consumed", field)
-    kept = trace.joined([field.select(last, 0) for field in (*kept_a, *kept_b)])
+    kept = trace.joined([[field.select(last, 0) for field in fields] for fields in (kept_a, kept_b)])
     if not kept and summed_a and summed_b:
         kept = [_bundled(trace, summed, last).select(last, 0)]
     trace.set(out, kept)
@@ -275,62 +286,49 @@ def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> Tensor:
     return torch.from_numpy(ids).view(*shape[:last], 1).expand(fields[0].shape)
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution")
+@rule("convolution")
 def convolution(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Weight ``(out, in / groups, …)``, transposed ``(in, out / groups, …)``; groups stay of equal size."""
     image, weight, bias = args[:3]
     transposed, groups = args[6], args[8]
-    inputs, weights = trace.entry(image), trace.entry(weight)
-    in_dim = 0 if transposed else 1
-    in_channels, out_channels = image.shape[1], out.shape[1]
-    for name in weights.weights if weights.static else ():
-        per_output = weight.numel() // weight.shape[1 - in_dim]
-        uses = out.numel() if not transposed else image.numel() * weight.shape[1] // per_output
-        trace.flops[name] = trace.flops.get(name, 0) + 2 * uses * per_output
-    fields: list[Tensor] = []
-    channel_fields = [field for field in inputs.fields if varying(field) == {1}]
-    if any(1 in varying(field) and varying(field) != {1} for field in inputs.fields):
-        raise Untraceable("a convolution reads channels that differ from place to place")
-    writers = _out_ids(weights, 1 - in_dim, groups if transposed else 1)
-    readers = _out_ids(weights, in_dim, 1 if transposed else groups)
-    per_channel = [field[:1].reshape(field.shape[1], -1)[:, 0] for field in channel_fields]
-    for ids in (*per_channel, *writers):
-        trace.labels.mark("convolved", ids.numpy())
-    for ids in per_channel:
-        trace.labels.mark("consumed", ids.numpy())
-        for read in readers:
-            trace.labels.mark("column", read.numpy())
-            trace.labels.unite(ids.numpy(), read.numpy())
+    weights, in_dim = trace.entry(weight), 0 if transposed else 1
+    uses = out.numel() * weight.shape[1] if not transposed else image.numel() * weight.shape[1]
+    for name in weights.weights:
+        trace.flops[name] = trace.flops.get(name, 0) + 2 * uses * math.prod(weight.shape[2:])
+    places = [dim for dim in range(image.ndim) if dim != 1]
+    channels = [f for f in trace.entry(image).fields if 1 in varying(f)]
+    inputs = [_same_everywhere(trace, field, places).reshape(-1) for field in channels]
+    readers = _labels_along(weights, in_dim, 1 if transposed else groups)
+    writers = _labels_along(weights, 1 - in_dim, groups if transposed else 1)
+    trace.matched(inputs, readers)
+    for ids in (*inputs, *readers, *writers):
+        trace.mark("convolved", ids)
+    for ids in readers:
+        trace.mark("column", ids)
+        trace.mark("consumed", ids)
     for ids in writers:
-        trace.labels.mark("row", ids.numpy())
+        trace.mark("row", ids)
         if groups > 1:
-            _grouped(trace, ids, per_channel, groups, in_channels == groups)
-        fields.append(vary_along(ids, out.shape, 1))
-    if not channel_fields:
-        for read in readers:
-            trace.labels.mark("column", read.numpy())
-            trace.labels.mark("consumed", read.numpy())
-    trace.set(out, fields)
+            _keep_groups_equal(trace, ids.view(groups, -1), inputs if image.shape[1] == groups else [])
+    trace.set(out, [vary_along(ids, out.shape, 1) for ids in writers])
     if isinstance(bias, Tensor):
         entry = trace.entry(bias)
         spread = tuple(_along_channels(field, out.shape) for field in entry.fields)
         _join(trace, out, [(out, trace.entry(out)), (bias, Entry(spread, entry.static, entry.weights))])
-    assert out_channels % groups == 0
 
 
-def _out_ids(weights: Entry, dim: int, groups: int) -> list[Tensor]:
+def _labels_along(weights: Entry, dim: int, groups: int) -> list[Tensor]:
     """Labels along a dim of a weight, over all its conv groups."""
     found = [field for field in weights.fields if varying(field) == {dim}]
     return [field.select(1 - dim, 0).reshape(field.shape[dim], -1)[:, 0].repeat(groups) for field in found]
 
 
-def _grouped(trace: LabelTrace, writers: Tensor, inputs: list[Tensor], groups: int, depthwise: bool) -> None:
-    parts = writers.view(groups, -1)
-    if not depthwise:
-        trace.unite(parts, parts[:1].expand(parts.shape))
-        return
+def _keep_groups_equal(trace: LabelTrace, writers: Tensor, inputs: list[Tensor]) -> None:
+    """Conv groups lose output channels at the same places; where a group is one input channel, they go with it."""
+    if not inputs:
+        trace.unite(writers, writers[:1].expand(writers.shape))
     for ids in inputs:
-        trace.unite(parts, ids.view(groups, 1).expand(parts.shape))
+        trace.unite(writers, ids.unsqueeze(1).expand(writers.shape))
 
 
 # ---------------------------------------------------------------------------------------------- picking and joining
@@ -435,9 +433,8 @@ def cat(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
         if len(along) > 1 or (entry.static and not is_static):
             along = [field for field in along if len(varying(field)) > 1 or not entry.static]
         pieces.append(along[0] if along else torch.zeros(1, dtype=torch.int32).expand(tensor.shape))
-        across += [
-            first_of(field, [dim], out.shape) for field in entry.fields if dim not in varying(field) and tensor.numel()
-        ]
+        others = [field for field in entry.fields if dim not in varying(field)]
+        across.append([first_of(field, [dim], out.shape) for field in others] if tensor.numel() else [])
     fields = trace.joined(across)
     if any(varying(piece) for piece in pieces):
         joined = torch.cat([piece.expand(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)], dim)
@@ -508,10 +505,16 @@ def resampled(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) ->
     result = out if isinstance(out, Tensor) else out[0]
     source = trace.entry(args[0])
     dims = [dim for dim in range(result.ndim) if result.shape[dim] != args[0].shape[dim] or dim >= 2]
-    fields = [field for field in source.fields if varying(field).isdisjoint(dims)]
-    if len(fields) != len(source.fields) and not source.static:
-        raise Untraceable(f"{func._schema.name.removeprefix('aten::')} mixes channels that differ from place to place")
-    _keep(trace, source, result, [field[tuple(slice(0, 1) if d in dims else slice(None) for d in range(field.ndim))].expand(result.shape) for field in fields])  # fmt: skip
+    fields = [_same_everywhere(trace, field, dims) for field in source.fields]
+    _keep(trace, source, result, [field.expand(result.shape) for field in fields])
+
+
+def _same_everywhere(trace: LabelTrace, field: Tensor, dims: Iterable[int]) -> Tensor:
+    """Unite what differs from place to place, because places are mixed; one place of it, dims kept."""
+    first = field[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(field.ndim))]
+    if not varying(field).isdisjoint(dims):
+        trace.unite(field, first.expand(field.shape))
+    return first
 
 
 @rule("constant_pad_nd")
@@ -533,8 +536,6 @@ def padded(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
 def unfolded(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """``(batch, channels, height, width)`` to ``(batch, channels × kernel, places)``."""
     source = trace.entry(args[0])
-    if any(varying(field) != {1} for field in source.fields):
-        raise Untraceable("im2col mixes channels that differ from place to place")
     repeat = out.shape[1] // args[0].shape[1]
-    fields = [vary_along(field[0, :, 0, 0].repeat_interleave(repeat), out.shape, 1) for field in source.fields]
-    _keep(trace, source, out, fields)
+    channels = [_same_everywhere(trace, field, (0, 2, 3)).reshape(-1) for field in source.fields]
+    _keep(trace, source, out, [vary_along(ids.repeat_interleave(repeat), out.shape, 1) for ids in channels])

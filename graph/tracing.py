@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError
 from .backend import dataflow, dependency_graph, disagreement
 from .dispatch import LabelTrace, ListIndices
 from .grouping import coupled_groups
+from .invariants import check
 from .labels import Untraceable
 from .skeleton import blocks, example_inputs, skeleton
 from .structure import ModelGraph
@@ -40,6 +41,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, time_limit: float = T
     """
     bones = skeleton(model)
     inputs = _as_dict_or_tuple(example_inputs) if example_inputs is not None else _made_up(bones)
+    inputs = tree_map(_weightless, inputs)
     return within(time_limit, f"the trace of {type(model).__name__}", lambda: _traced(bones, inputs))
 
 
@@ -64,6 +66,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
     labels.forget()
     stages = blocks(bones)
     groups = coupled_groups(labels, stages, _ties(bones))
+    check(groups, labels.shapes)
     broken = disagreement(backend, groups)
     if broken is not None:
         group, first, second = broken
@@ -97,6 +100,11 @@ def _as_dict_or_tuple(inputs: Any) -> Mapping[str, Any] | tuple[Any, ...]:
 
 def _made_up(bones: nn.Module) -> dict[str, Any]:
     return example_inputs(bones)
+
+
+def _weightless(value: Any) -> Any:
+    """Numbers as meta tensors; token ids and masks stay real, for models that branch on them."""
+    return value.detach().to("meta") if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _shapes(inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
