@@ -50,22 +50,23 @@ def resolve(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.exists():
         return _checked_folder(folder)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise InputError(f"model folder {source} does not exist: name a folder, a hub id or 'demo'")
-    return _checked_folder(_snapshot(source))
+    return _checked_folder(_from_hub(source))
 
 
-def _snapshot(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _from_hub(source: str, file: str | None = None) -> Path:
+    """A model's files from the hub, or one of them."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"model folder {source} does not exist: name a folder, a hub id or 'demo'")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(hf_hub_download(source, file) if file else snapshot_download(source, allow_patterns=patterns))
     except HFValidationError:
         raise InputError(f"{source!r} is no model name: name a folder, a hub id or 'demo'") from None
     except Exception as error:  # the hub's client raises many unrelated types: offline, gated, unknown, no connection
-        reason = " ".join(str(error).split())[:120]
+        reason = _reason(error, 120)
         raise InputError(f"no model {source!r} here or on the hub ({reason}): name a folder or 'demo'") from None
 
 
@@ -124,6 +125,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     """
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in DTYPES:
@@ -142,9 +144,8 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source} does not load as a causal language model ({reason})") from None
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
+        raise InputError(f"{source} does not load as a causal language model ({_reason(error)})") from None
     model, loading = pair
     model.config.name_or_path = source
     if loading["missing_keys"]:
@@ -152,6 +153,55 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     check_finite(model, source)
     check_tokenizer(model, tokenizer, source)
     return LoadedModel(model.eval().to(device), tokenizer, source, identity)
+
+
+def empty(source: str) -> PreTrainedModel:
+    """The model of a configuration on the meta device: all its structure, none of its weights.
+
+    Args:
+        source: a hub id, a local folder, a ``config.json``, or ``demo``. No weights are read or fetched.
+
+    Raises:
+        InputError: if there is no such configuration, its architecture is not one of transformers' own, or no model can
+            be built from it.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModel
+
+    transformers.logging.set_verbosity_error()
+    path = _config_file(source)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # as many types as there are ways to get a configuration wrong
+        raise InputError(f"{source} is no configuration of a known architecture ({_reason(error)})") from None
+    name = (getattr(config, "architectures", None) or [None])[0]
+    architecture = getattr(transformers, name, None) if name else None
+    if name and not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise InputError(f"{source} is a {name}, which transformers does not have: code of its own is not run")
+    try:
+        with torch.device("meta"):
+            model = architecture(config) if architecture else AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a model makes of a configuration that does not fit it
+        raise InputError(f"no model can be built from the configuration of {source} ({_reason(error)})") from None
+    model.config.name_or_path = source
+    return model.eval()
+
+
+def _config_file(source: str) -> Path:
+    path = Path(source).expanduser()
+    if source == "demo":
+        path = resolve(source)
+    elif not path.exists():
+        return _from_hub(source, "config.json")
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file() or path.suffix != ".json":
+        raise InputError(f"{path} is no config.json: name a folder that save_pretrained wrote, or its config.json")
+    return path
+
+
+def _reason(error: Exception, length: int = 200) -> str:
+    return " ".join(str(error).split())[:length]
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .labels import Entry, Ids, Labels, Untraceable, compressed, core, varying, vary_along
+from .labels import Entry, Ids, Labels, Untraceable, compressed, core, vary_along, varying
 from .structure import Port
 
 REAL_FACTORIES = {"arange", "full", "ones", "zeros", "empty", "eye", "new_zeros", "new_ones", "new_full"}
@@ -178,6 +178,8 @@ def _executed(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     if any(tensor.is_meta for tensor in tensors):
         if name in ("_local_scalar_dense", "nonzero", "equal"):
             raise Untraceable(f"its forward branches on computed values ({name})")
+        if name in ("index", "index_put", "index_put_", "masked_select") and _has_mask(tensors[1:]):
+            raise Untraceable("it selects elements by a computed mask")
         args, kwargs = tree_map(_to_meta, (args, kwargs))
         if "device" in kwargs and name not in REAL_FACTORIES:
             kwargs = {**kwargs, "device": torch.device("meta")}
@@ -186,6 +188,10 @@ def _executed(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     elif _is_meta_device(kwargs) and (tensors or _is_index(kwargs.get("dtype")) or name == "arange"):
         kwargs = {**kwargs, "device": torch.device("cpu")}
     return func(*args, **kwargs)
+
+
+def _has_mask(indices: Sequence[Tensor]) -> bool:
+    return any(tensor.is_meta and tensor.dtype in (torch.bool, torch.uint8) for tensor in indices)
 
 
 def _to_meta(value: Any) -> Any:

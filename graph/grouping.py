@@ -270,7 +270,7 @@ def _names(groups: Sequence[CouplingGroup], blocks: Sequence[str]) -> list[str]:
             name = f"{holder}.{group.kind.removeprefix('attention-')}".lstrip(".")
         elif group.kind == "mlp":
             scattered = any(module.count(".") > common.count(".") + 1 for module in modules)
-            name = f"{common}.mlp" if common in blocks or scattered else common
+            name = f"{common}.mlp" if common in blocks or (scattered and not common.endswith("mlp")) else common
         else:
             name = next(m.module or m.port.parameter for m in group.members if m.axis == "row")
         names.append(name)

@@ -351,8 +351,6 @@ def index(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     source = trace.entry(args[0])
     indices = list(args[1])
     picked = [dim for dim, picks in enumerate(indices) if picks is not None]
-    if any(picks is not None and picks.dtype in (torch.bool, torch.uint8) for picks in indices):
-        raise Untraceable("it selects elements by a computed mask")
     if source.static and picked == [0]:
         trace.experts.update(dict.fromkeys(source.weights, args[0].shape[0]))
     if not source.static and all(picks is None or not picks.is_meta for picks in indices):

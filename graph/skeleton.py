@@ -23,6 +23,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     Quantised linear layers become plain ones of their shape, and hooks that move weights between devices are left out.
     The model itself is not touched.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -57,7 +58,7 @@ def _is_packed(module: nn.Module) -> bool:
     return not _is_float(weight) or tuple(weight.shape) != (module.out_features, module.in_features)
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
+def made_up(model: nn.Module) -> dict[str, Any]:
     """Small inputs of the right kind for a transformers model: a few tokens, an image, some sound.
 
     Raises:
@@ -66,7 +67,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise InputError(f"{type(model).__name__} is no transformers model: give trace its example_inputs")
-    known = inspect.signature(model.forward).parameters
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # what an adapter wraps
+    known = inspect.signature(base.forward).parameters
     if main == "input_ids":
         token = 1 if config.get_text_config().pad_token_id == 0 else 0
         token_ids = torch.full((1, TOKENS), token)

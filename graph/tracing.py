@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,7 +18,7 @@ from .dispatch import LabelTrace, ListIndices
 from .grouping import coupled_groups
 from .invariants import check
 from .labels import Untraceable
-from .skeleton import blocks, example_inputs, skeleton
+from .skeleton import blocks, made_up, skeleton
 from .structure import ModelGraph
 from .watchdog import within
 
@@ -40,29 +40,35 @@ def trace(model: nn.Module, example_inputs: Any = None, *, time_limit: float = T
         InputError: if the forward fails or does something of which the coupling is not known, by name and reason.
     """
     bones = skeleton(model)
-    inputs = _as_dict_or_tuple(example_inputs) if example_inputs is not None else _made_up(bones)
-    inputs = tree_map(_weightless, inputs)
-    return within(time_limit, f"the trace of {type(model).__name__}", lambda: _traced(bones, inputs))
+    inputs = made_up(bones) if example_inputs is None else _as_dict_or_tuple(example_inputs)
+    mend = (
+        "check its configuration, or give trace example_inputs" if example_inputs is None else "check example_inputs"
+    )
+    run = partial(_traced, bones, tree_map(_weightless, inputs), mend)
+    graph = within(time_limit, f"the trace of {type(bones).__name__}", run)
+    if graph.unreached:
+        names, more = ", ".join(graph.unreached[:3]), len(graph.unreached) - 3
+        warnings.warn(
+            f"the traced forward does not use {names}{f' and {more} more' if more > 0 else ''}", stacklevel=2
+        )
+    return graph
 
 
-def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> ModelGraph:
+def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], mend: str) -> ModelGraph:
     labels = LabelTrace(bones)
     name = type(bones).__name__
-    exposed: list[Tensor] = []
 
     def forward(module: nn.Module, given: Any) -> Any:
         with labels, ListIndices(), sdpa_kernel(SDPBackend.MATH):
-            out = module(**given) if isinstance(given, Mapping) else module(*given)
-        exposed.extend(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-        return out
+            return module(**given) if isinstance(given, Mapping) else module(*given)
 
     try:
         backend = dependency_graph(bones, inputs, forward)
     except Untraceable as reason:
         raise InputError(f"{name} cannot be traced: {reason}") from None
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError) as error:
+    except Exception as error:  # whatever a forward raises
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name} cannot be traced ({reason}): give trace other example_inputs") from None
+        raise InputError(f"{name} cannot be traced, its forward fails ({reason}): {mend}") from None
     labels.forget()
     stages = blocks(bones)
     groups = coupled_groups(labels, stages, _ties(bones))
@@ -74,16 +80,13 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
             f"{name} cannot be traced: {first.parameter} and {second.parameter} share channels ({group.id}), "
             "but Torch-Pruning finds no dependency between them"
         )
-    unreached = tuple(name for name, _ in bones.named_parameters() if name not in labels.used)
-    if unreached:
-        warnings.warn(f"the traced forward does not use {', '.join(unreached[:3])}" + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""), stacklevel=3)  # fmt: skip
     return ModelGraph(
         groups=groups,
         shapes=labels.shapes,
         flops=labels.flops,
         inputs=_shapes(inputs),
         blocks=tuple(stages),
-        unreached=unreached,
+        unreached=tuple(name for name, _ in bones.named_parameters() if name not in labels.used),
         dataflow=dataflow(backend),
     )
 
@@ -96,10 +99,6 @@ def _as_dict_or_tuple(inputs: Any) -> Mapping[str, Any] | tuple[Any, ...]:
     if isinstance(inputs, tuple | list):
         return tuple(inputs)
     raise InputError(f"example_inputs are a {type(inputs).__name__}: give a tensor, a tuple or a dict of tensors")
-
-
-def _made_up(bones: nn.Module) -> dict[str, Any]:
-    return example_inputs(bones)
 
 
 def _weightless(value: Any) -> Any:

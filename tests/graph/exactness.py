@@ -1,8 +1,8 @@
 """A group is right when removing its channels equals masking them: the surgery and the masked reference.
 
 Both are driven by nothing but a :class:`rowscope.graph.ModelGraph`. The surgery slices parameters; the reference
-leaves all shapes alone and zeroes what the removed channels are read by (of a residual stream: what writes them). The
-two agree only if the group names every port and every index.
+leaves all shapes alone and zeroes what the removed channels are read by (of a residual stream: what they are written
+by). The two agree only if the group names every port and every index.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _part(group: CouplingGroup) -> str:
 def _some_of_each_head(group: CouplingGroup) -> set[int]:
     """Four channels of a residual stream, a third of any other group; the same places in each head, if it has any."""
     width = group.size // (group.heads or 1)
-    places = _some(width, 4 if group.kind == "residual" else math.ceil(width / 3))
+    places = _some(width, min(4, width // 2) if group.kind == "residual" else math.ceil(width / 3))
     return {start + place for start in range(0, group.size, width) for place in places}
 
 
@@ -143,8 +143,8 @@ def _finding(
     part: str, removal: Removal, model: nn.Module, graph: ModelGraph, inputs: dict[str, Tensor], original: Tensor
 ) -> Finding:
     try:
-        sliced = cut(model, graph, removal)
-        removed, reference = output(sliced, inputs), output(masked(model, graph, removal, sliced), inputs)
+        removed = output(cut(model, graph, removal), inputs)
+        reference = output(masked(model, graph, removal), inputs)
         if removed.shape != reference.shape:  # the hidden states are the output
             kept = _kept(reference.shape[-1], next(iter(removal.values())))
             reference, original = reference[..., kept], original[..., kept]
@@ -326,42 +326,46 @@ def _without_head_of_mask(head: int):
 # The masked reference
 
 
-class NormOfKept(nn.Module):
-    """A norm that sees the kept dimensions only, with the weights of the sliced model; the others come out as zeros.
+class NormOfNonzero(nn.Module):
+    """A norm that counts only dimensions that are not zero throughout its input; the others come out as zeros.
 
-    A norm divides by a statistic over all its dimensions, and zeros would be counted.
+    A norm divides by a statistic over all its dimensions, so masked ones would be counted. Which they are is read off
+    the input, not off the group: a group with a wrong index for the norm's own weight must not set the reference.
     """
 
-    def __init__(self, sliced: nn.Module, kept: list[int]) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.sliced, self.kept = sliced, kept
+        self.norm = norm
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(…, all dimensions)`` to the same shape."""
+        kept = hidden.flatten(0, -2).any(0)
+        norm = copy.deepcopy(self.norm)
+        for name, parameter in self.norm.named_parameters(recurse=False):
+            setattr(norm, name, nn.Parameter(parameter[kept]))
+        norm.normalized_shape = (int(kept.sum()),)
         normed = torch.zeros_like(hidden)
-        normed[..., self.kept] = self.sliced(hidden[..., self.kept])
+        normed[..., kept] = norm(hidden[..., kept])
         return normed
 
 
-def masked(model: nn.Module, graph: ModelGraph, removal: Removal, sliced: nn.Module) -> nn.Module:
+def masked(model: nn.Module, graph: ModelGraph, removal: Removal) -> nn.Module:
     """A copy of the model in its full shape, in which the channels are zero where they are read.
 
-    Of a residual stream what writes the channels is zeroed, of all other groups what reads them. Norms over
-    channels that go are replaced, except batch norms: they treat every channel alone.
+    What reads the channels is zeroed. Where norms stand between, as in a residual stream, what writes them is zeroed
+    instead, and the norms leave zeros alone; batch norms may stay, as they treat every channel for itself.
     """
     copied = copy.deepcopy(model)
-    norms: dict[str, list[int]] = {}
     for group in map(graph.group, removal):
+        normed = group.kind == "residual" or any(_is_norm(_owner(model, m)) for m in group.members if not m.shared)
         for member in group.members:
-            indices = gone(group, member, removal[group.id])
-            tensor = _tensor(copied, member.port.parameter).data
-            if _is_norm(model, member):
-                if indices:
-                    norms[member.module] = _kept(len(tensor), indices)
-            elif _reads(model, member) == (group.kind != "residual"):
-                _scale(tensor, member.port, indices, 0)
-    for name, kept in norms.items():
-        copied.set_submodule(name, NormOfKept(sliced.get_submodule(name), kept))
+            if _reads(model, member) != normed:
+                tensor = _tensor(copied, member.port.parameter).data
+                _scale(tensor, member.port, gone(group, member, removal[group.id]), 0)
+        if normed:
+            for name, module in model.named_modules():
+                if _is_norm(module):
+                    copied.set_submodule(name, NormOfNonzero(copied.get_submodule(name)))
     return copied
 
 
@@ -369,9 +373,8 @@ def _owner(model: nn.Module, member: Member) -> nn.Module:
     return model.get_submodule(member.port.parameter.rpartition(".")[0])
 
 
-def _is_norm(model: nn.Module, member: Member) -> bool:
-    owner = _owner(model, member)
-    return "Norm" in type(owner).__name__ and not isinstance(owner, nn.BatchNorm2d)
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not isinstance(module, nn.BatchNorm2d)
 
 
 def _reads(model: nn.Module, member: Member) -> bool:
@@ -387,9 +390,13 @@ def _scale(tensor: Tensor, port: Port, indices: Iterable[int], factor: float) ->
 
 
 def flipped(model: nn.Module, group: CouplingGroup, channels: set[int], columns: int | None = None) -> nn.Module:
-    """A copy in which channels have the other sign; with `columns` only the first so many indices of one member."""
+    """A copy in which channels have the other sign; with `columns` only the first so many indices of one member.
+
+    Norms on the way pass signs on, so their own weights keep theirs.
+    """
     copied = copy.deepcopy(model)
-    for member in [member for member in group.members if not member.shared][: None if columns is None else 1]:
+    members = [member for member in group.members if not _is_norm(_owner(model, member))]
+    for member in members[: None if columns is None else 1]:
         indices = member.index.table[sorted(channels), :columns].ravel().tolist()
         _scale(_tensor(copied, member.port.parameter).data, member.port, indices, -1)
     return copied
@@ -429,6 +436,8 @@ def _group_violations(model: nn.Module, group: CouplingGroup, groups: dict[str, 
             yield f"{member.port}: an index is listed twice"
         if any(taken.setdefault((member.port, index), number) != number for index in indices.tolist()):
             yield f"{member.port}: two members list one index"
+    if group.rotary and any(member.index.table.shape[1] % 2 for member in group.members):
+        yield "it is rotary, but its channels are no pairs"
     if group.heads is not None and group.size % group.heads:
         yield f"{group.size} channels are not {group.heads} equal heads"
     for partner in group.partners:
@@ -439,13 +448,6 @@ def _group_violations(model: nn.Module, group: CouplingGroup, groups: dict[str, 
     reads = {_reads(model, member) for member in group.members}
     if group.kind not in ("attention-qk", "attention-heads") and reads != {True, False}:
         yield "nothing reads it" if reads == {False} else "nothing writes it"
-
-
-def without_member(graph: ModelGraph, id_: str, number: int) -> ModelGraph:
-    """The graph, one member of one group forgotten."""
-    group = graph.group(id_)
-    members = group.members[:number] + group.members[number + 1 :]
-    return with_group(graph, replace(group, members=members))
 
 
 def with_group(graph: ModelGraph, changed: CouplingGroup) -> ModelGraph:
