@@ -113,7 +113,8 @@ def disagreement(
 ) -> tuple[CouplingGroup, Port, Port] | None:
     """A group with two ports that Torch-Pruning's dependencies do not connect, or None.
 
-    It treats what it does not know as passing channels on, so it may connect more than the groups do, never less.
+    It treats what it does not know as passing channels on, so it may connect more than the groups do, never less. Of
+    weights that are used outside of their layer it sees nothing: it is no witness for groups with such weights.
     """
     pruners = {node: backend.get_pruner_of_module(module) for module, node in backend.module2node.items()}
 
@@ -128,15 +129,18 @@ def disagreement(
             graph.add_edge(vertex(node, dependency.trigger), vertex(dependency.target, dependency.handler))
     for place, port in _ports(backend):
         graph.add_edge(place, port)  # a tied weight hangs on several
+    parameters = {name for name, _ in backend.model.named_parameters()}
     component = {
         place: number for number, places in enumerate(networkx.connected_components(graph)) for place in places
     }
     for group in groups:
-        ports = [replace(m.port, expert=None) for m in group.members if not m.shared]
-        seen = [port for port in ports if port in component]
-        for port in seen:
-            if component[port] != component[seen[0]]:
-                return group, seen[0], port
+        ports = [
+            replace(m.port, expert=None) for m in group.members if not m.shared and m.port.parameter in parameters
+        ]
+        if all(port in component for port in ports):
+            for port in ports:
+                if component[port] != component[ports[0]]:
+                    return group, ports[0], port
     return None
 
 

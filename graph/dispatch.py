@@ -79,10 +79,15 @@ class LabelTrace(TorchDispatchMode):
         return found
 
     def set(self, tensor: Tensor, fields: Iterable[Tensor], static: bool = False, weights: Iterable[str] = ()) -> None:
-        """Let `tensor` carry `fields`, each of its shape; weights keep their own labels, for they are marked by them."""
-        labels = None if static else self.labels
-        kept = tuple(compressed(field, labels) for field in fields) if tensor.numel() else ()
+        """Let `tensor` carry `fields`, each of its shape."""
+        kept = tuple(map(compressed, fields)) if tensor.numel() else ()
         self._entries[tensor] = Entry(kept, static, frozenset(weights))
+
+    def standing(self, field: Tensor) -> Tensor:
+        """The field with one label per class: it varies only where classes differ."""
+        small = field[core(field)]
+        ids = torch.from_numpy(self.labels.find(_ids(small)).reshape(small.shape))
+        return compressed(ids.expand(field.shape))
 
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Unite two fields element by element."""
@@ -104,15 +109,14 @@ class LabelTrace(TorchDispatchMode):
         for fields in operands:
             free = list(range(len(kept)))
             for field in reversed(fields):
-                dims = varying(field)
-                met = next((n for n in reversed(free) if varying(kept[n]) == dims), None)
+                met = next((n for n in reversed(free) if self._alike(field, kept[n])), None)
                 if met is not None:
                     self.unite(field, kept[met])
                     kept[met] = _filled(kept[met], field)
                     free.remove(met)
                     continue
-                wider = [n for n in free if dims < varying(kept[n])]
-                narrower = [n for n in free if varying(kept[n]) < dims]
+                wider = [n for n in free if varying(field) < varying(kept[n])]
+                narrower = [n for n in free if varying(kept[n]) < varying(field)]
                 for n in wider:
                     self.gate(field, kept[n])
                 for n in narrower:
@@ -121,6 +125,14 @@ class LabelTrace(TorchDispatchMode):
                 if not wider and not narrower:
                     kept.append(field)
         return list({id(field): field for field in kept}.values())
+
+    def _alike(self, first: Tensor, second: Tensor) -> bool:
+        """Whether two fields vary along the same dims, as they stand or once united labels are one."""
+        if varying(first) == varying(second):
+            return True
+        if varying(first) < varying(second) or varying(second) < varying(first):
+            return varying(self.standing(first)) == varying(self.standing(second))
+        return False
 
     def matched(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         """Unite the fields of two operands along a dim that a product sums over.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -211,14 +212,16 @@ def _heads(classes: Classes, count: int) -> tuple[dict[int, int], list[list[int]
 
 
 def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup]) -> bool:
-    """Whether a query/key channel has several rows of one head: those that the rotary embedding turns."""
-    value = next((partner for partner in partners if partner.kind == "attention-vo"), None)
-    if group.kind != "attention-qk" or value is None:
+    """Whether a query/key channel has several rows of each head: those that the rotary embedding turns."""
+    if group.kind != "attention-qk":
         return False
-    weights = [member for member in group.members if member.axis == "row" and not member.shared]
-    rows = {m.port.parameter: m.index.table.shape[1] for m in weights if not m.port.parameter.endswith("bias")}
-    heads = 1 + sum(m.index.table.shape[1] for m in value.members if m.axis == "column")
-    return sum(rows.values()) > heads
+    rows = {m.port.parameter: m.index.table.shape[1] for m in group.members if m.axis == "row" and not m.shared}
+    rows = {name: count for name, count in rows.items() if not name.endswith("bias")}
+    if len(rows) > 1:
+        return math.gcd(*rows.values()) > 1
+    value = next((partner for partner in partners if partner.kind == "attention-vo"), None)
+    heads = sum(m.index.table.shape[1] for m in value.members if m.axis == "column") if value else 1
+    return sum(rows.values()) > 1 + heads  # a fused projection: its query heads and the key
 
 
 # ---------------------------------------------------------------------------------------------- names

@@ -143,14 +143,9 @@ def vary_along(ids: Ids | Tensor, shape: Sequence[int], dim: int) -> Tensor:
     return ids.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(*shape)
 
 
-def compressed(field: Tensor, labels: Labels | None = None) -> Tensor:
-    """The field expanded along all dims in which it does not vary; with `labels`, in the labels that stand for its own."""
+def compressed(field: Tensor) -> Tensor:
+    """The field expanded along all dims in which it does not vary."""
     small = field[core(field)]
-    if labels is not None:
-        ids = small.reshape(-1).numpy()
-        roots = labels.find(ids)
-        if not np.array_equal(roots, ids):  # else the memory is shared with the field that it comes from
-            small = torch.from_numpy(roots.reshape(small.shape))
     for dim in range(small.ndim):
         if small.shape[dim] > 1 and not _differs(small, dim):
             small = small.narrow(dim, 0, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .labels import Entry, Untraceable, compressed, first_of, reshaped, varying, vary_along
+from .labels import Entry, Untraceable, first_of, reshaped, varying, vary_along
 
 if TYPE_CHECKING:
     from .dispatch import LabelTrace
@@ -257,8 +257,9 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
             trace.flops.update({w: trace.flops.get(w, 0) + 2 * math.prod(space) for w in entry.weights})
     (summed_a, kept_a), (summed_b, kept_b) = both
     for entry, summed, kept in ((entry_a, summed_a, kept_a), (entry_b, summed_b, kept_b)):
+        is_data = entry is entry_a and entry_b.static  # a table of positions, read by a weight
         for field in summed if entry.static else ():
-            trace.mark("column", field)
+            trace.mark("row" if is_data else "column", field)
         for field in kept if entry.static else ():
             trace.mark("row", field)
     trace.matched(summed_a, summed_b)
@@ -273,7 +274,7 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
 
 def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> Tensor:
     """A field of new labels, one for each different set of channels that was summed up (a head)."""
-    fields = [compressed(field, trace.labels) for field in summed]
+    fields = [trace.standing(field) for field in summed]
     dims = sorted(frozenset().union(*(varying(field) for field in fields)) - {last})
     small = tuple(slice(None) if d in (*dims, last) else slice(0, 1) for d in range(last + 1))
     shape = fields[0][small].shape
@@ -382,7 +383,7 @@ def picked_along(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any)
 def _without(trace: LabelTrace, source: Entry, dims: Iterable[int]) -> list[Tensor]:
     """Fields that do not vary along `dims`; labels of the others, unless of a weight, cannot vanish."""
     kept = []
-    for field in source.fields:
+    for field in source.fields if source.static else map(trace.standing, source.fields):
         if varying(field).isdisjoint(dims):
             kept.append(field)
         elif not source.static:
@@ -424,24 +425,20 @@ def cat(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     tensors = [tensor for tensor in args[0] if tensor.ndim == out.ndim]  # an empty cache may be one-dimensional
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     entries = [trace.entry(tensor) for tensor in tensors]
-    is_static = all(entry.static for entry in entries)
-    pieces, across = [], []
-    for tensor, entry in zip(tensors, entries, strict=True):
-        along = [field for field in entry.fields if dim in varying(field)]
-        if len(along) > 1 or (entry.static and not is_static):
-            along = [field for field in along if len(varying(field)) > 1 or not entry.static]
-        pieces.append(along[0] if along else torch.zeros(1, dtype=torch.int32).expand(tensor.shape))
-        others = [field for field in entry.fields if dim not in varying(field)]
-        across.append([first_of(field, [dim], out.shape) for field in others] if tensor.numel() else [])
-    fields = trace.joined(across)
-    if any(varying(piece) for piece in pieces):
-        joined = torch.cat([piece.expand(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)], dim)
-        inner = [field for field in fields if varying(field) < varying(joined) - {dim}]
-        fields = [
-            joined,
-            *(field for field in fields if field not in inner and varying(field).isdisjoint(varying(joined))),
-        ]
-    trace.set(out, fields, is_static, frozenset().union(*(entry.weights for entry in entries)) if is_static else ())
+    along = [[field for field in entry.fields if dim in varying(field)] for entry in entries]
+    if any(along):
+        trace.set(out, [torch.cat([_piece(*part) for part in zip(tensors, entries, strict=True)], dim)])
+    else:
+        parts = zip(tensors, entries, strict=True)
+        across = [[first_of(f, [dim], out.shape) for f in entry.fields] for tensor, entry in parts if tensor.numel()]
+        trace.set(out, trace.joined(across))
+
+
+def _piece(tensor: Tensor, entry: Entry) -> Tensor:
+    """One field for a tensor that is joined to others along its channels: its innermost one."""
+    if not entry.fields:
+        return torch.zeros(1, dtype=torch.int32).expand(tensor.shape)
+    return max(entry.fields, key=lambda field: max(varying(field), default=-1))
 
 
 @rule("stack")
@@ -465,7 +462,7 @@ def softmax(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -
     source = trace.entry(args[0])
     dim = args[1] % args[0].ndim
     for field in source.fields:
-        if dim in varying(field):
+        if dim in varying(trace.standing(field)):
             trace.mark("fixed", field)
     _keep(trace, source, out, source.fields)
 
@@ -484,7 +481,7 @@ def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> N
     gone = {dim % tensor.ndim for dim in dims}
     for result in out if isinstance(out, tuple) else (out,):
         fields = []
-        for field in source.fields:
+        for field in map(trace.standing, source.fields):
             if varying(field).isdisjoint(gone):
                 index = tuple(0 if dim in gone else slice(None) for dim in range(field.ndim))
                 keepdim = result.ndim == field.ndim

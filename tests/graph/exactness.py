@@ -160,7 +160,7 @@ def _flip_finding(group: CouplingGroup, model: nn.Module, inputs: dict[str, Tens
 
     Unlike the removal of a head this tells the channels of a head apart, and it works where there is one head only.
     """
-    channels = _some(group.size, group.size // 2)
+    channels = _some(group.size, math.ceil(group.size / 2))
     scale = original.abs().max()
     together, alone = flipped(model, group, channels), flipped(model, group, channels, 1)
     difference, effect = (float((output(m, inputs) - original).abs().max() / scale) for m in (together, alone))
@@ -215,7 +215,7 @@ def cut(model: nn.Module, graph: ModelGraph, removal: Removal) -> nn.Module:
     for port, indices in ports.items():
         dimensions.setdefault((port.parameter, port.dim), {})[port.expert] = indices
     for (parameter, dim), indices in dimensions.items():
-        aliases = next(names for names in names.values() if parameter in names)
+        aliases = next(aliases for aliases in names.values() if parameter in aliases)
         _assign(model, aliases, _sliced(_tensor(model, parameter).detach(), dim, indices))
     for name in {name.rpartition(".")[0] for name, _ in dimensions}:
         _align(model.get_submodule(name), groups)
@@ -356,16 +356,17 @@ def masked(model: nn.Module, graph: ModelGraph, removal: Removal) -> nn.Module:
     instead, and the norms leave zeros alone; batch norms may stay, as they treat every channel for itself.
     """
     copied = copy.deepcopy(model)
+    norms: set[str] = set()
     for group in map(graph.group, removal):
         normed = group.kind == "residual" or any(_is_norm(_owner(model, m)) for m in group.members if not m.shared)
+        if normed:
+            norms.update(name for name, module in model.named_modules() if _is_norm(module))
         for member in group.members:
             if _reads(model, member) != normed:
                 tensor = _tensor(copied, member.port.parameter).data
                 _scale(tensor, member.port, gone(group, member, removal[group.id]), 0)
-        if normed:
-            for name, module in model.named_modules():
-                if _is_norm(module):
-                    copied.set_submodule(name, NormOfNonzero(copied.get_submodule(name)))
+    for name in norms:
+        copied.set_submodule(name, NormOfNonzero(copied.get_submodule(name)))
     return copied
 
 
@@ -445,6 +446,10 @@ def _group_violations(model: nn.Module, group: CouplingGroup, groups: dict[str, 
             yield f"its partner {partner} does not know it"
         elif groups[partner].heads != group.heads:
             yield f"its partner {partner} has {groups[partner].heads} heads, not {group.heads}"
+    parameters = {member.port.parameter for member in group.members}
+    tied = {frozenset(names) for names in _names(model).values() if len(names) > 1 and parameters & set(names)}
+    if {frozenset(names) for names in group.ties} != tied:
+        yield f"its ties are {group.ties}, not {sorted(map(sorted, tied))}"
     reads = {_reads(model, member) for member in group.members}
     if group.kind not in ("attention-qk", "attention-heads") and reads != {True, False}:
         yield "nothing reads it" if reads == {False} else "nothing writes it"

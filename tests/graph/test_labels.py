@@ -3,7 +3,7 @@
 import networkx
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -90,25 +90,30 @@ class Pipeline(nn.Module):
 names = st.sampled_from(["transpose", "repeat", "halves", "slice", "swap", "roll", "act"])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(names, st.integers(2, 4)), max_size=5), st.sampled_from([8, 12, 24]))
 def test_channels_follow_the_derivatives(steps, size):
     """Guards every index map: rows and columns are one channel exactly where derivatives say that they meet.
 
-    Where all are one, none can go, and there is no group.
+    One channel that is all there is may be left out: it cannot go.
     """
     torch.manual_seed(0)
     model = Pipeline(steps, size)
+    assume(model.second.in_features > 1)  # a dim of one index can lose none
     start = torch.randn(1, size)
-    jacobian = torch.autograd.functional.jacobian(model.between, start)[0, :, 0]
     graph = networkx.Graph()
     graph.add_nodes_from(("row", i) for i in range(size))
-    graph.add_edges_from((("column", j), ("row", i)) for j, i in jacobian.nonzero().tolist())
-    expected = {frozenset(c) for c in networkx.connected_components(graph) if any(n[0] == "column" for n in c)}
+    for count in range(len(steps) + 1):  # what meets on the way is one channel, even if it is cut off later
+        model.steps = steps[:count]
+        jacobian = torch.autograd.functional.jacobian(model.between, start)[0, :, 0]
+        node = "column" if count == len(steps) else f"after step {count}"
+        graph.add_edges_from(((node, j), ("row", i)) for j, i in jacobian.nonzero().tolist())
+    components = [{n for n in c if n[0] in ("row", "column")} for c in networkx.connected_components(graph)]
+    expected = {frozenset(c) for c in components if any(n[0] == "column" for n in c)}
     found = set()
     for group in trace(model, torch.zeros(1, 3)).groups:
         tables = {m.port.parameter: m.index.table for m in group.members}
         for channel in range(group.size):
             rows = {("row", int(i)) for i in tables["first.weight"][channel]}
             found.add(frozenset(rows | {("column", int(j)) for j in tables["second.weight"][channel]}))
-    assert found == (expected if len(expected) > 1 else set())
+    assert found == expected or (len(expected) == 1 and not found)
