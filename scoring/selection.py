@@ -105,7 +105,7 @@ def _coupled_families(table: ScoreTable, groups: Sequence[CouplingGroup]) -> lis
     families = [
         Family(group.id, channel_scores(group, table), scored_members(group, table))
         for group in groups
-        if group.kind in COUPLED_KINDS
+        if group.kind in COUPLED_KINDS and scored_members(group, table)
     ]
     if not families:
         raise InputError("scope coupled found no coupled groups in this model: use --scope layer")

@@ -107,12 +107,12 @@ def test_group_scores_equal_torch_pruning(tiny_llama, table, reduction):
 
 
 def test_grouped_heads_add_up(tiny_llama, table):
-    """Guards what Torch-Pruning drops: a key channel's score counts every query row that shares it."""
+    """Guards what Torch-Pruning drops: a key pair's score counts every query row that shares it."""
     group = next(group for group in trace(tiny_llama).groups if group.id == "model.layers.1.self_attn.qk")
     members = {member.module.rsplit(".", 1)[-1]: member for member in scored_members(group, table)}
-    assert members["q_proj"].index.shape == (20, 3)
-    query = table.scores["model.layers.1.self_attn.q_proj"]["row"].view(2, 3, 10).sum(1).flatten()
-    key = table.scores["model.layers.1.self_attn.k_proj"]["row"]
+    assert members["q_proj"].index.shape == (10, 6)
+    query = table.scores["model.layers.1.self_attn.q_proj"]["row"].view(2, 3, 2, 5).sum((1, 2)).flatten()
+    key = table.scores["model.layers.1.self_attn.k_proj"]["row"].view(2, 2, 5).sum(1).flatten()
     torch.testing.assert_close(channel_scores(group, table, "sum"), query + key)
 
 
