@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .labels import Entry, Ids, Labels, Untraceable, compressed, core, vary_along, varying
+from .rules import propagate
 from .structure import Port
 
 REAL_FACTORIES = {"arange", "full", "ones", "zeros", "empty", "eye", "new_zeros", "new_ones", "new_full"}
@@ -31,6 +32,7 @@ class LabelTrace(TorchDispatchMode):
             nonlinearity, ``convolved``.
         bundles: pairs of (label of a head, labels that a product summed up into it).
         gates: pairs of (label, labels of the wider tensor that it multiplies or adds to).
+        splits: pairs of (label of a part, labels in it) where a view cuts channels into equal parts.
         experts: weights whose first dim was indexed -> its size: they are so many independent copies.
         flops: multiplications and additions with each weight.
         used: names of the weights seen.
@@ -42,6 +44,7 @@ class LabelTrace(TorchDispatchMode):
         self.labels = Labels()
         self.bundles: list[tuple[Ids, Ids]] = []
         self.gates: list[tuple[Ids, Ids]] = []
+        self.splits: list[tuple[Ids, Ids]] = []
         self.experts: dict[str, int] = {}
         self.flops: dict[str, int] = {}
         self.used: set[str] = set()
@@ -57,8 +60,6 @@ class LabelTrace(TorchDispatchMode):
             self._entries[tensor] = Entry(tuple(fields), static=True, weights=frozenset({name}))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .rules import propagate
-
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = _executed(func, args, kwargs, tensors)
@@ -145,6 +146,16 @@ class LabelTrace(TorchDispatchMode):
             count = min(len(first), len(second))
             for field in (*first[: len(first) - count], *second[: len(second) - count]):
                 self.mark("fixed", field)
+
+    def split(self, before: Tensor, after: Tensor) -> None:
+        """Note that channels along one dim are laid out along several: they must stay as many in each part."""
+        dims = sorted(varying(after))
+        if len(varying(before)) != 1 or len(dims) < 2:
+            return
+        small = after[core(after)]
+        for dim in dims[:-1]:
+            parts = torch.from_numpy(self.labels.new(small.shape[dim]))
+            self.splits.append((_ids(vary_along(parts, small.shape, dim)), _ids(small)))
 
     def mark(self, mark: str, field: Tensor) -> None:
         """Mark all labels of a field."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from .dispatch import LabelTrace
 from .indices import IndexMap
 from .labels import Ids
+from .naming import block_of, names
 from .structure import CouplingGroup, Member, Port
-
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Classes:
 
     of_label: Ids
     ports: dict[Port, slice]
-    columns: Flags
+    columns: NDArray[np.bool_]
     heads: NDArray[np.int64]
     values: NDArray[np.int64]
     served: NDArray[np.int64]
@@ -54,23 +53,20 @@ def coupled_groups(
     """
     classes = _classes(trace)
     members = _members(classes)
-    heads, partners = _heads(classes, len(members))
+    heads, partners = _heads(trace, classes, len(members))
     kinds = _kinds(trace, classes, members, blocks)
     groups = []
     for number, group_members in enumerate(members):
         tied = tuple(dict.fromkeys(ties[m.port.parameter] for m in group_members if m.port.parameter in ties))
         size = len(group_members[0].index.table)
-        group = CouplingGroup("", kinds[number], size, tuple(group_members), heads.get(number), ties=tied)
-        groups.append(group)
-    groups = [
-        replace(group, rotary=_is_rotary(group, [groups[p] for p in partners[n]])) for n, group in enumerate(groups)
-    ]
-    names = _names(groups, blocks)
-    named = [
-        replace(group, id=names[number], partners=tuple(names[partner] for partner in partners[number]))
-        for number, group in enumerate(groups)
-    ]
-    return tuple(itertools.chain.from_iterable(_experts(group, trace) for group in named))
+        groups.append(CouplingGroup("", kinds[number], size, tuple(group_members), heads.get(number), ties=tied))
+    named = names(groups, blocks)
+    finished = []
+    for number, group in enumerate(groups):
+        same_heads = tuple(named[partner] for partner in partners[number])
+        rotary = _is_rotary(group, [groups[partner] for partner in partners[number]], trace.shapes)
+        finished.append(replace(group, id=named[number], partners=same_heads, rotary=rotary))
+    return tuple(itertools.chain.from_iterable(_experts(group, trace) for group in finished))
 
 
 # ---------------------------------------------------------------------------------------------- classes
@@ -186,37 +182,63 @@ def _shared_members(classes: Classes, channel: NDArray[np.int64]) -> dict[int, l
 # ---------------------------------------------------------------------------------------------- heads
 
 
-def _heads(classes: Classes, count: int) -> tuple[dict[int, int], list[list[int]]]:
-    """Number of heads of each attention group, and the groups that have the very same heads."""
-    lots = np.random.default_rng(1).integers(1, 2**63, size=len(classes.group), dtype=np.uint64)
-    key = np.zeros(len(classes.group), dtype=np.uint64)
-    pairs = np.concatenate([classes.heads, classes.values])
-    np.add.at(key, pairs[:, 1], lots[pairs[:, 0]])
+def _heads(trace: LabelTrace, classes: Classes, count: int) -> tuple[dict[int, int], list[list[int]]]:
+    """Number of heads of each group, and the attention groups that have the very same heads."""
+    attention = _head_keys(classes, np.concatenate([classes.heads, classes.values]))
     own = np.unique(classes.heads[:, 0])
-    key[own] = lots[own]
+    attention[own] = _head_keys(classes, np.stack([own, own], axis=1))[own]
     heads: dict[int, int] = {}
     sharing: dict[bytes, list[int]] = defaultdict(list)
-    numbers = classes.group
-    chosen = np.flatnonzero((numbers >= 0) & (key > 0))
-    chosen = chosen[np.argsort(numbers[chosen], kind="stable")]
-    for number, part in itertools.groupby(chosen.tolist(), key=lambda c: int(numbers[c])):
-        keys, sizes = np.unique(key[list(part)], return_counts=True)
-        if len(set(sizes.tolist())) == 1:
-            heads[number] = len(keys)
-            sharing[keys.tobytes()].append(number)
+    for number, keys in _keys_of_groups(classes, attention).items():
+        heads[number] = len(keys)
+        sharing[keys.tobytes()].append(number)
     partners: list[list[int]] = [[] for _ in range(count)]
     for same in sharing.values():
         for number in same:
             partners[number] = [other for other in same if other != number]
+    views = _head_keys(classes, _pairs(classes.of_label, trace.splits))
+    for number, keys in _keys_of_groups(classes, views, consecutive=True).items():
+        if len(keys) > 1:
+            heads.setdefault(number, len(keys))
     return heads, partners
 
 
-def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup]) -> bool:
+def _head_keys(classes: Classes, pairs: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Class -> a number that classes of the same set of heads have in common; 0 for none."""
+    lots = np.random.default_rng(1).integers(1, 2**63, size=len(classes.group), dtype=np.uint64)
+    keys = np.zeros(len(classes.group), dtype=np.uint64)
+    np.add.at(keys, pairs[:, 1], lots[pairs[:, 0]])
+    return keys
+
+
+def _keys_of_groups(
+    classes: Classes, keys: NDArray[np.uint64], consecutive: bool = False
+) -> dict[int, NDArray[np.uint64]]:
+    """The keys of those groups in which every channel has one and every key as many channels."""
+    found = {}
+    chosen = np.flatnonzero((classes.group >= 0) & (keys > 0))
+    chosen = chosen[np.argsort(classes.group[chosen], kind="stable")]
+    starts = np.flatnonzero(np.diff(classes.group[chosen], prepend=-1))
+    totals = np.bincount(classes.group[classes.group >= 0])
+    for part in np.split(chosen, starts[1:]) if len(chosen) else ():
+        number = int(classes.group[part[0]])
+        of_group, sizes = np.unique(keys[part], return_counts=True)
+        runs = 1 + np.count_nonzero(np.diff(keys[part]))
+        if (
+            len(part) == totals[number]
+            and len(set(sizes.tolist())) == 1
+            and (not consecutive or runs == len(of_group))
+        ):
+            found[number] = of_group
+    return found
+
+
+def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup], shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a query/key channel has several rows of each head: those that the rotary embedding turns."""
     if group.kind != "attention-qk":
         return False
-    rows = {m.port.parameter: m.index.table.shape[1] for m in group.members if m.axis == "row" and not m.shared}
-    rows = {name: count for name, count in rows.items() if not name.endswith("bias")}
+    weights = [m for m in group.members if m.axis == "row" and len(shapes[m.port.parameter]) > 1]
+    rows = {m.port.parameter: m.index.table.shape[1] for m in weights}
     if len(rows) > 1:
         return math.gcd(*rows.values()) > 1
     value = next((partner for partner in partners if partner.kind == "attention-vo"), None)
@@ -224,65 +246,37 @@ def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup]) -> bool:
     return sum(rows.values()) > 1 + heads  # a fused projection: its query heads and the key
 
 
-# ---------------------------------------------------------------------------------------------- names
+# ---------------------------------------------------------------------------------------------- kinds and experts
 
 
 def _kinds(
     trace: LabelTrace, classes: Classes, members: Sequence[Sequence[Member]], blocks: Sequence[str]
 ) -> list[str]:
+    activated = np.zeros(len(classes.group), dtype=np.bool_)
+    activated[classes.of_label[trace.labels.marked("activated")]] = True
+    activated[classes.of_label[trace.labels.marked("convolved")]] = False
+    is_of = {
+        "attention-vo": _groups_of(classes, classes.values[:, 1]),
+        "attention-qk": _groups_of(classes, classes.heads[:, 1]),
+        "mlp": _groups_of(classes, np.flatnonzero(activated)),
+    }
+    of_heads = _groups_of(classes, classes.heads[:, 0])
     kinds = []
-    attention = {"attention-qk": classes.heads[:, 1], "attention-vo": classes.values[:, 1]}
-    of_kind = {kind: set(np.unique(classes.group[channels]).tolist()) for kind, channels in attention.items()}
-    plain = trace.labels.marked("activated") & ~np.isin(
-        classes.of_label, classes.of_label[trace.labels.marked("convolved")]
-    )
-    activated = set(np.unique(classes.group[classes.of_label[plain]]).tolist())
-    of_heads = set(np.unique(classes.group[classes.heads[:, 0]]).tolist())
     for number, group_members in enumerate(members):
-        homes = {_block_of(member.module, blocks) for member in group_members}
+        homes = {block_of(member.module, blocks) for member in group_members}
         if number in of_heads:
             kinds.append("attention-heads")
         elif len(homes) > 1:
             kinds.append("residual")
-        elif number in of_kind["attention-vo"]:
-            kinds.append("attention-vo")
-        elif number in of_kind["attention-qk"]:
-            kinds.append("attention-qk")
+        elif homes == {None} and number in is_of["mlp"]:
+            kinds.append("channels")
         else:
-            kinds.append("mlp" if number in activated and homes != {None} else "channels")
+            kinds.append(next((kind for kind, groups in is_of.items() if number in groups), "channels"))
     return kinds
 
 
-def _block_of(module: str, blocks: Sequence[str]) -> str | None:
-    parts = module.split(".")
-    return next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in blocks), None)
-
-
-def _names(groups: Sequence[CouplingGroup], blocks: Sequence[str]) -> list[str]:
-    """Unique names: the module that holds the group, and what the group is of it."""
-    residuals = sum(group.kind == "residual" for group in groups)
-    names: list[str] = []
-    for group in groups:
-        modules = [member.module for member in group.members]
-        parts = zip(*(module.split(".") for module in modules), strict=False)
-        common = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, parts))
-        if group.kind == "residual":
-            name = "residual" if residuals == 1 or not common else f"{common}.residual"
-        elif group.kind in ("attention-vo", "attention-qk", "attention-heads"):
-            holder = common.rpartition(".")[0] if common in modules else common
-            name = f"{holder}.{group.kind.removeprefix('attention-')}".lstrip(".")
-        elif group.kind == "mlp":
-            scattered = any(module.count(".") > common.count(".") + 1 for module in modules)
-            name = f"{common}.mlp" if common in blocks or (scattered and not common.endswith("mlp")) else common
-        else:
-            name = next(m.module or m.port.parameter for m in group.members if m.axis == "row")
-        names.append(name)
-    totals, seen = Counter(names), Counter[str]()
-    for number, name in enumerate(names):
-        if totals[name] > 1:
-            names[number] = f"{name}.{seen[name]}" if seen[name] else name
-            seen[name] += 1
-    return names
+def _groups_of(classes: Classes, chosen: NDArray[np.int64]) -> set[int]:
+    return set(np.unique(classes.group[chosen]).tolist())
 
 
 def _experts(group: CouplingGroup, trace: LabelTrace) -> list[CouplingGroup]:

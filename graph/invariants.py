@@ -15,8 +15,8 @@ def check(groups: Iterable[CouplingGroup], shapes: Mapping[str, tuple[int, ...]]
     """Check groups against the model's shapes.
 
     Raises:
-        InputError: if an index is out of range or in two channels, a member has other channels than its group, heads do
-            not divide it, a partner is missing or has other heads, or nothing is written or read.
+        InputError: if an index is out of range or in two channels, a member has other channels than its group, heads
+            do not divide it, a partner is missing or has other heads, or nothing is written or read.
     """
     groups = list(groups)
     heads = {group.id: group.heads for group in groups}

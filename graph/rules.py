@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .labels import Entry, Untraceable, first_of, reshaped, varying, vary_along
+from .labels import Entry, Untraceable, compressed, first_of, reshaped, vary_along, varying
 
 if TYPE_CHECKING:
     from .dispatch import LabelTrace
@@ -83,7 +83,11 @@ def same_view(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) ->
 def same_elements(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Another shape of as many elements (or another dtype of the same)."""
     source = trace.entry(args[0])
-    _keep(trace, source, out, [reshaped(field, out.shape) for field in source.fields])
+    fields = [compressed(reshaped(field, out.shape)) for field in source.fields]
+    for before, after in zip(source.fields, fields, strict=True):
+        if not source.static:
+            trace.split(before, after)
+    _keep(trace, source, out, fields)
 
 
 @rule("clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous", "tril", "triu", "_conj")
@@ -102,7 +106,32 @@ def restrided(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor)
     _keep(trace, source, out, source.fields)
 
 
-@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "argmax", "argmin", "bernoulli", "fill", "zero", "sym_size", "_assert_async", "isin", "one_hot", "bucketize", "searchsorted")  # fmt: skip
+@rule(
+    *[
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "new_empty_strided",
+        "argmax",
+        "argmin",
+        "bernoulli",
+        "fill",
+        "zero",
+        "sym_size",
+        "_assert_async",
+        "isin",
+        "one_hot",
+        "bucketize",
+        "searchsorted",
+    ]
+)
 def nothing(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Shapes or ranks alone are taken from the tensor, no channel."""
 
@@ -143,7 +172,43 @@ def real_pairs(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor
 # ---------------------------------------------------------------------------------------------- element by element
 
 
-@rule("where", "masked_fill", "addcmul", "addcdiv", "lerp", "rsub", "polar", "native_dropout", "dropout", "add", "mul", "div", "sub", "gelu", "silu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "prelu", "_prelu_kernel", "threshold", "clamp", "clamp_min", "clamp_max", "complex", "real", "imag", "nan_to_num", "mish", "glu_jvp")  # fmt: skip
+@rule(
+    *[
+        "where",
+        "masked_fill",
+        "addcmul",
+        "addcdiv",
+        "lerp",
+        "rsub",
+        "polar",
+        "native_dropout",
+        "dropout",
+        "add",
+        "mul",
+        "div",
+        "sub",
+        "gelu",
+        "silu",
+        "softplus",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+        "elu",
+        "prelu",
+        "_prelu_kernel",
+        "threshold",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "complex",
+        "real",
+        "imag",
+        "nan_to_num",
+        "mish",
+        "glu_jvp",
+    ]
+)
 def pointwise(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Every operand gives its channel to the result: channels that meet are one."""
     result = out if isinstance(out, Tensor) else out[0]
@@ -184,7 +249,17 @@ def layer_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -
     _join(trace, result, [(t, trace.entry(t)) for t in args if isinstance(t, Tensor)])
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm", "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update")  # fmt: skip
+@rule(
+    *[
+        "native_batch_norm",
+        "_native_batch_norm_legit_no_training",
+        "_native_batch_norm_legit",
+        "cudnn_batch_norm",
+        "batch_norm",
+        "_batch_norm_no_update",
+        "_batch_norm_with_update",
+    ]
+)
 def batch_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Each channel (dim 1) has its own weight, bias and running statistics."""
     parts = [(args[0], trace.entry(args[0]))]
@@ -367,7 +442,21 @@ def index(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     _keep(trace, source, out, shaped)
 
 
-@rule("index_select", "gather", "take_along_dim", "topk", "sort", "cummax", "cumsum", "cumprod", "median", "kthvalue", "logcumsumexp")  # fmt: skip
+@rule(
+    *[
+        "index_select",
+        "gather",
+        "take_along_dim",
+        "topk",
+        "sort",
+        "cummax",
+        "cumsum",
+        "cumprod",
+        "median",
+        "kthvalue",
+        "logcumsumexp",
+    ]
+)
 def picked_along(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Elements along one dim are picked, ranked or accumulated: channels along it compete or are looked up."""
     source = trace.entry(args[0])
@@ -467,7 +556,28 @@ def softmax(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -
     _keep(trace, source, out, source.fields)
 
 
-@rule("sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "linalg_vector_norm", "norm", "any", "all", "logsumexp", "std_correction", "count_nonzero")  # fmt: skip
+@rule(
+    *[
+        "sum",
+        "mean",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "prod",
+        "linalg_vector_norm",
+        "norm",
+        "any",
+        "all",
+        "logsumexp",
+        "std_correction",
+        "count_nonzero",
+    ]
+)
 def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Channels along reduced dims end here (the mean of a norm); those along others go on."""
     tensor, source = args[0], trace.entry(args[0])
@@ -494,7 +604,29 @@ def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> N
 # ---------------------------------------------------------------------------------------------- space
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool1d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_bilinear2d", "upsample_nearest2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "reflection_pad2d", "reflection_pad1d", "replication_pad2d", "grid_sampler_2d")  # fmt: skip
+@rule(
+    *[
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "avg_pool2d",
+        "avg_pool1d",
+        "avg_pool3d",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+        "upsample_bilinear2d",
+        "upsample_nearest2d",
+        "upsample_bicubic2d",
+        "upsample_linear1d",
+        "upsample_nearest1d",
+        "_upsample_bicubic2d_aa",
+        "_upsample_bilinear2d_aa",
+        "reflection_pad2d",
+        "reflection_pad1d",
+        "replication_pad2d",
+        "grid_sampler_2d",
+    ]
+)
 def resampled(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Places are pooled, resized or padded; channels stay."""
     result = out if isinstance(out, Tensor) else out[0]

@@ -69,8 +69,9 @@ class CouplingGroup:
             (what is there once per head, e.g. a position bias), ``residual``, or ``channels`` (anything else).
         size: number of channels.
         members: the coupled ports.
-        heads: the channels are this many heads of equal, consecutive parts. Heads go whole, or each loses as many
-            channels. A head of grouped-query attention is a key/value head with all its query heads.
+        heads: the channels are this many heads of equal, consecutive parts (attention heads, or the parts into which
+            the model's own views cut them). Heads go whole, or each loses as many channels. A head of grouped-query
+            attention is a key/value head with all its query heads.
         partners: groups whose heads are the same heads: a head goes in all of them, or in none.
         rotary: each channel is a pair of rows that the rotary embedding turns; as its angles serve all heads, a pair
             goes in every head or in none.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import InputError
 from .backend import dataflow, dependency_graph, disagreement
@@ -30,8 +30,8 @@ def trace(model: nn.Module, example_inputs: Any = None, *, time_limit: float = T
     """The graph of a model: its coupled groups and its dataflow. The model itself is not touched.
 
     Args:
-        model: a transformers model, or any module if `example_inputs` are given. It may be frozen, quantised, offloaded,
-            or on the meta device.
+        model: a transformers model, or any module if `example_inputs` are given. It may be frozen, quantised,
+            offloaded, or on the meta device.
         example_inputs: a dict of keyword arguments, a tuple of positional ones, or one tensor; small ones suffice.
             For a transformers model a few tokens (or an image, or sound) are made up.
         time_limit: seconds after which a trace that does not end is refused.

@@ -247,12 +247,12 @@ def page() -> str:
 
 A group of channels is right when *removing* it (slicing its rows and columns out of the weights) gives what *masking*
 it gives (zeroing what reads it, in a model of full shape). This page lists the models on which that is tested, every
-group of each: tiny random ones, two blocks deep, but with every feature of the large ones. The columns:
+group of each: tiny random ones of two blocks, no two sizes equal where the configuration allows it. The columns:
 
 - *feed-forward*: channels of feed-forward parts, of experts, of convolutions. A third of each group is removed.
 - *heads*: one whole attention head goes, with all query heads that share its keys and values, out of queries, keys,
-  values, output and position biases. Besides, values and output (and queries and keys) can change signs together,
-  channel by channel, and nobody notices; that is the only test where there is one key/value head.
+  values, output and position biases. Besides, if half the channels of values and output (or queries and keys) change
+  signs, the output stays the same; this is the only test where there is but one key/value head.
 - *residual*: dimensions of the residual stream go, through all blocks, norms and embeddings.
 - *largest difference* between the sliced and the masked model, in parts of the output's largest number. The mask
   itself changes more than {VISIBLE:g} of that number.
