@@ -28,8 +28,8 @@ class LabelTrace(TorchDispatchMode):
 
     Attributes:
         labels: all labels, what is united, and their marks: ``row`` where a weight writes, ``column`` where it reads,
-            ``consumed`` by a sum over channels, ``fixed`` in a softmax or a ranking, ``activated`` by a
-            nonlinearity, ``convolved``.
+            ``consumed`` by a sum over channels, ``fixed`` in a softmax or a ranking, ``added`` to others,
+            ``activated`` by a nonlinearity, ``convolved``.
         bundles: pairs of (label of a head, labels that a product summed up into it).
         gates: pairs of (label, labels of the wider tensor that it multiplies or adds to).
         splits: pairs of (label of a part, labels in it) where a view cuts channels into equal parts.

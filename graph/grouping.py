@@ -183,24 +183,22 @@ def _shared_members(classes: Classes, channel: NDArray[np.int64]) -> dict[int, l
 
 
 def _heads(trace: LabelTrace, classes: Classes, count: int) -> tuple[dict[int, int], list[list[int]]]:
-    """Number of heads of each group, and the attention groups that have the very same heads."""
-    attention = _head_keys(classes, np.concatenate([classes.heads, classes.values]))
+    """Number of heads of each group, and the attention groups that have heads in common."""
+    pairs = np.concatenate([classes.heads, classes.values])
     own = np.unique(classes.heads[:, 0])
-    attention[own] = _head_keys(classes, np.stack([own, own], axis=1))[own]
-    heads: dict[int, int] = {}
-    sharing: dict[bytes, list[int]] = defaultdict(list)
-    for number, keys in _keys_of_groups(classes, attention).items():
-        heads[number] = len(keys)
-        sharing[keys.tobytes()].append(number)
-    partners: list[list[int]] = [[] for _ in range(count)]
-    for same in sharing.values():
-        for number in same:
-            partners[number] = [other for other in same if other != number]
+    pairs = np.concatenate([pairs, np.stack([own, own], axis=1)])  # what is there once per head
+    heads = {n: len(keys) for n, keys in _keys_of_groups(classes, _head_keys(classes, pairs)).items()}
     views = _head_keys(classes, _pairs(classes.of_label, trace.splits))
     for number, keys in _keys_of_groups(classes, views, consecutive=True).items():
         if len(keys) > 1:
             heads.setdefault(number, len(keys))
-    return heads, partners
+    partners: list[set[int]] = [set() for _ in range(count)]
+    in_groups = pairs[classes.group[pairs[:, 1]] >= 0]
+    shared = np.unique(np.stack([in_groups[:, 0], classes.group[in_groups[:, 1]]], axis=1), axis=0)
+    for same in {tuple(part.tolist()) for part in np.split(shared[:, 1], np.flatnonzero(np.diff(shared[:, 0])) + 1)}:
+        for number in same:
+            partners[number].update(same)
+    return heads, [sorted(found - {number}) for number, found in enumerate(partners)]
 
 
 def _head_keys(classes: Classes, pairs: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -252,27 +250,33 @@ def _is_rotary(group: CouplingGroup, partners: Sequence[CouplingGroup], shapes: 
 def _kinds(
     trace: LabelTrace, classes: Classes, members: Sequence[Sequence[Member]], blocks: Sequence[str]
 ) -> list[str]:
-    activated = np.zeros(len(classes.group), dtype=np.bool_)
-    activated[classes.of_label[trace.labels.marked("activated")]] = True
-    activated[classes.of_label[trace.labels.marked("convolved")]] = False
+    activated, added = (_marked(trace, classes, mark) for mark in ("activated", "added"))
+    activated &= ~_marked(trace, classes, "convolved")
     is_of = {
         "attention-vo": _groups_of(classes, classes.values[:, 1]),
         "attention-qk": _groups_of(classes, classes.heads[:, 1]),
-        "mlp": _groups_of(classes, np.flatnonzero(activated)),
     }
-    of_heads = _groups_of(classes, classes.heads[:, 0])
+    of_heads, of_mlp = _groups_of(classes, classes.heads[:, 0]), _groups_of(classes, np.flatnonzero(activated))
+    of_sums = _groups_of(classes, np.flatnonzero(added))
     kinds = []
     for number, group_members in enumerate(members):
         homes = {block_of(member.module, blocks) for member in group_members}
+        attention = next((kind for kind, groups in is_of.items() if number in groups), None)
         if number in of_heads:
             kinds.append("attention-heads")
-        elif len(homes) > 1:
-            kinds.append("residual")
-        elif homes == {None} and number in is_of["mlp"]:
-            kinds.append("channels")
+        elif attention is not None and len(homes) == 1:
+            kinds.append(attention)
+        elif len(homes) > 1 or not blocks:
+            kinds.append("residual" if number in of_sums else "channels")
         else:
-            kinds.append(next((kind for kind, groups in is_of.items() if number in groups), "channels"))
+            kinds.append("mlp" if number in of_mlp and homes != {None} else "channels")
     return kinds
+
+
+def _marked(trace: LabelTrace, classes: Classes, mark: str) -> NDArray[np.bool_]:
+    flags = np.zeros(len(classes.group), dtype=np.bool_)
+    flags[classes.of_label[trace.labels.marked(mark)]] = True
+    return flags
 
 
 def _groups_of(classes: Classes, chosen: NDArray[np.int64]) -> set[int]:

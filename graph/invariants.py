@@ -16,10 +16,10 @@ def check(groups: Iterable[CouplingGroup], shapes: Mapping[str, tuple[int, ...]]
 
     Raises:
         InputError: if an index is out of range or in two channels, a member has other channels than its group, heads
-            do not divide it, a partner is missing or has other heads, or nothing is written or read.
+            do not divide it, a partner is missing, or nothing is written or read.
     """
     groups = list(groups)
-    heads = {group.id: group.heads for group in groups}
+    partners = {group.id: group.partners for group in groups}
     unique: dict[IndexMap, bool] = {}
     for group in groups:
         for member in group.members:
@@ -35,9 +35,9 @@ def check(groups: Iterable[CouplingGroup], shapes: Mapping[str, tuple[int, ...]]
             raise _broken(group, f"it has only {axes.pop()}s")
         if group.heads is not None and group.size % group.heads:
             raise _broken(group, f"{group.heads} heads do not divide {group.size} channels")
-        if any(heads.get(partner) != group.heads for partner in group.partners):
-            raise _broken(group, "its partners have other heads")
-    if len(heads) != len(groups):
+        if any(group.id not in partners.get(partner, ()) for partner in group.partners):
+            raise _broken(group, "its partners do not know it")
+    if len(partners) != len(groups):
         raise InputError("the graph is inconsistent: two groups have one name")
 
 

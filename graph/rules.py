@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +30,20 @@ def propagate(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) ->
     """Give `out` the labels that `func` passes on. Raises Untraceable for an unknown operation."""
     name = func._schema.name.removeprefix("aten::")
     rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if rule is None and torch.Tag.pointwise in func.tags:
+    if rule is None and _is_pointwise(name.removesuffix("_")):
         rule = pointwise
     if rule is None and func.is_view:
         rule = same_view
     if rule is None:
         raise Untraceable(f"what the operation {name} does to channels is not known")
     rule(trace, func, args, kwargs, out)
+
+
+@cache
+def _is_pointwise(name: str) -> bool:
+    """Whether torch says of the operation that it works element by element; operations in place do not say."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -107,31 +115,10 @@ def restrided(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor)
 
 
 @rule(
-    *[
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "new_empty_strided",
-        "argmax",
-        "argmin",
-        "bernoulli",
-        "fill",
-        "zero",
-        "sym_size",
-        "_assert_async",
-        "isin",
-        "one_hot",
-        "bucketize",
-        "searchsorted",
-    ]
-)
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "new_empty_strided", "argmax", "argmin", "bernoulli", "fill", "zero", "isin",
+    "bucketize", "searchsorted",
+)  # fmt: skip
 def nothing(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Shapes or ranks alone are taken from the tensor, no channel."""
 
@@ -172,51 +159,17 @@ def real_pairs(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor
 # ---------------------------------------------------------------------------------------------- element by element
 
 
-@rule(
-    *[
-        "where",
-        "masked_fill",
-        "addcmul",
-        "addcdiv",
-        "lerp",
-        "rsub",
-        "polar",
-        "native_dropout",
-        "dropout",
-        "add",
-        "mul",
-        "div",
-        "sub",
-        "gelu",
-        "silu",
-        "softplus",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "prelu",
-        "_prelu_kernel",
-        "threshold",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "complex",
-        "real",
-        "imag",
-        "nan_to_num",
-        "mish",
-        "glu_jvp",
-    ]
-)
+@rule("polar", "complex", "real", "imag", "native_dropout", "hardswish", "_prelu_kernel")
 def pointwise(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Every operand gives its channel to the result: channels that meet are one."""
     result = out if isinstance(out, Tensor) else out[0]
     sources = [trace.entry(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if func._schema.name.removeprefix("aten::").removesuffix("_") in ACTIVATIONS:
-        for field in itertools.chain.from_iterable(source.fields for source in sources):
-            trace.mark("activated", field)
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    dynamic = [source.fields for source in sources if source.fields and not source.static]
+    if name in ACTIVATIONS or (name == "add" and len(dynamic) > 1):
+        for field in itertools.chain.from_iterable(dynamic):
+            trace.mark("activated" if name in ACTIVATIONS else "added", field)
     _join(trace, result, zip(operands, sources, strict=True))
 
 
@@ -250,16 +203,9 @@ def layer_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -
 
 
 @rule(
-    *[
-        "native_batch_norm",
-        "_native_batch_norm_legit_no_training",
-        "_native_batch_norm_legit",
-        "cudnn_batch_norm",
-        "batch_norm",
-        "_batch_norm_no_update",
-        "_batch_norm_with_update",
-    ]
-)
+    "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "_batch_norm_no_update",
+)  # fmt: skip
 def batch_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Each channel (dim 1) has its own weight, bias and running statistics."""
     parts = [(args[0], trace.entry(args[0]))]
@@ -353,12 +299,13 @@ def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> Tensor:
     dims = sorted(frozenset().union(*(varying(field) for field in fields)) - {last})
     small = tuple(slice(None) if d in (*dims, last) else slice(0, 1) for d in range(last + 1))
     shape = fields[0][small].shape
-    channels = [field[small].reshape(-1, shape[last]).numpy() for field in fields]
-    _, heads = np.unique(channels[0], axis=0, return_inverse=True)
+    channels = fields[0][small].reshape(-1, shape[last]).numpy()
+    _, heads = np.unique(channels, axis=0, return_inverse=True)
     heads = heads.reshape(-1)
     ids = trace.labels.new(int(heads.max()) + 1)[heads]
-    for part in channels:
-        trace.bundles.append((np.repeat(ids, shape[last]), part.reshape(-1)))
+    for field in summed:
+        own = field[small].reshape(-1).numpy()
+        trace.bundles.append((np.repeat(ids, shape[last]), own))
     return torch.from_numpy(ids).view(*shape[:last], 1).expand(fields[0].shape)
 
 
@@ -442,21 +389,7 @@ def index(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     _keep(trace, source, out, shaped)
 
 
-@rule(
-    *[
-        "index_select",
-        "gather",
-        "take_along_dim",
-        "topk",
-        "sort",
-        "cummax",
-        "cumsum",
-        "cumprod",
-        "median",
-        "kthvalue",
-        "logcumsumexp",
-    ]
-)
+@rule("index_select", "gather", "topk", "sort", "cummax", "cumsum", "cumprod", "median", "kthvalue", "logcumsumexp")
 def picked_along(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Elements along one dim are picked, ranked or accumulated: channels along it compete or are looked up."""
     source = trace.entry(args[0])
@@ -514,6 +447,8 @@ def cat(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     tensors = [tensor for tensor in args[0] if tensor.ndim == out.ndim]  # an empty cache may be one-dimensional
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     entries = [trace.entry(tensor) for tensor in tensors]
+    for field in itertools.chain.from_iterable(entry.fields for entry in entries if entry.static):
+        trace.mark("row", field)
     along = [[field for field in entry.fields if dim in varying(field)] for entry in entries]
     if any(along):
         trace.set(out, [torch.cat([_piece(*part) for part in zip(tensors, entries, strict=True)], dim)])
@@ -557,27 +492,9 @@ def softmax(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -
 
 
 @rule(
-    *[
-        "sum",
-        "mean",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "prod",
-        "linalg_vector_norm",
-        "norm",
-        "any",
-        "all",
-        "logsumexp",
-        "std_correction",
-        "count_nonzero",
-    ]
-)
+    "sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod",
+    "linalg_vector_norm", "any", "all", "logsumexp",
+)  # fmt: skip
 def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Channels along reduced dims end here (the mean of a norm); those along others go on."""
     tensor, source = args[0], trace.entry(args[0])
@@ -605,28 +522,12 @@ def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> N
 
 
 @rule(
-    *[
-        "max_pool2d_with_indices",
-        "max_pool3d_with_indices",
-        "avg_pool2d",
-        "avg_pool1d",
-        "avg_pool3d",
-        "_adaptive_avg_pool2d",
-        "_adaptive_avg_pool3d",
-        "adaptive_max_pool2d",
-        "upsample_bilinear2d",
-        "upsample_nearest2d",
-        "upsample_bicubic2d",
-        "upsample_linear1d",
-        "upsample_nearest1d",
-        "_upsample_bicubic2d_aa",
-        "_upsample_bilinear2d_aa",
-        "reflection_pad2d",
-        "reflection_pad1d",
-        "replication_pad2d",
-        "grid_sampler_2d",
-    ]
-)
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_bilinear2d",
+    "upsample_nearest2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d",
+    "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "reflection_pad1d", "reflection_pad2d",
+    "replication_pad2d",
+)  # fmt: skip
 def resampled(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Places are pooled, resized or padded; channels stay."""
     result = out if isinstance(out, Tensor) else out[0]

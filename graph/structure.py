@@ -72,7 +72,8 @@ class CouplingGroup:
         heads: the channels are this many heads of equal, consecutive parts (attention heads, or the parts into which
             the model's own views cut them). Heads go whole, or each loses as many channels. A head of grouped-query
             attention is a key/value head with all its query heads.
-        partners: groups whose heads are the same heads: a head goes in all of them, or in none.
+        partners: groups that have heads in common: a head goes in all of them, or in none. Where a partner has
+            another number of heads (a rotary key that serves all heads of latent attention), no head can go alone.
         rotary: each channel is a pair of rows that the rotary embedding turns; as its angles serve all heads, a pair
             goes in every head or in none.
         ties: sets of names under which the model knows one and the same parameter.

@@ -149,9 +149,9 @@ CASES = {
     "attention, unbind": (lambda: Transformer("unbind"), TOKENS, {"attention-vo", "attention-qk", "residual"}),
     "attention, einsum": (lambda: Transformer("einsum"), TOKENS, {"attention-vo", "attention-qk", "residual"}),
     "torch's encoder": (TorchEncoder, FEATURES, {"attention-vo", "attention-qk", "residual", "mlp"}),
-    "dense experts": (DenseExperts, FEATURES, {"channels"}),
-    "mixer": (Mixer, FEATURES, {"channels"}),
-    "recurrent": (Recurrent, FEATURES, {"channels"}),
+    "dense experts": (DenseExperts, FEATURES, {"channels", "residual"}),
+    "mixer": (Mixer, FEATURES, {"channels", "residual"}),
+    "recurrent": (Recurrent, FEATURES, {"residual"}),
     "convolutions": (Convolutions, torch.randn(1, 3, 16, 16), {"channels"}),
     "in place": (InPlace, FEATURES, {"channels"}),
 }

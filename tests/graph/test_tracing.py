@@ -15,6 +15,8 @@ from torch_pruning.dependency import index_mapping
 from transformers import (
     AutoConfig,
     AutoModel,
+    DeepseekV3ForCausalLM,
+    GptOssForCausalLM,
     LlamaForCausalLM,
     MixtralForCausalLM,
     Qwen3ForCausalLM,
@@ -115,6 +117,24 @@ def test_a_shared_position_bias_joins_heads_across_layers():
     )
     crossed = graph.group("decoder.block.0.layer.1.EncDecAttention.vo")
     assert crossed.partners == ("decoder.block.0.layer.1.EncDecAttention.qk",)
+
+
+def test_what_each_head_has_once_goes_with_it():
+    """Guards attention sinks: one number per head, a partner of its values and its scores."""
+    graph = trace(tiny(GptOssForCausalLM, num_key_value_heads=2, head_dim=10, num_local_experts=3))
+    sinks = graph.group("model.layers.0.self_attn.heads")
+    assert sinks.members[0].port.parameter == "model.layers.0.self_attn.sinks"
+    assert (sinks.size, sinks.heads) == (2, 2)
+    assert sinks.members[0].index.table.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_key_for_all_heads_keeps_them_together():
+    """Guards latent attention: its rotary key serves all heads, so no head has partners of as many heads."""
+    sizes = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    graph = trace(tiny(DeepseekV3ForCausalLM, num_key_value_heads=6, first_k_dense_replace=2, **sizes))
+    value, rotary = (graph.group(f"model.layers.0.self_attn.{name}") for name in ("vo", "qk.1"))
+    assert (value.heads, value.size, rotary.heads, rotary.rotary) == (6, 36, 1, True)
+    assert rotary.id in value.partners
 
 
 def test_flops_are_those_of_the_forward(tiny_llama):
