@@ -80,7 +80,9 @@ def main() -> None:
         shape, layers, how = arguments.one
         print(json.dumps(measured(shape, int(layers), how)))
         return
-    kinds = [("8B", 32, how) for how in ("rowscope", "live", "torch-pruning")] + [("70B", n, "rowscope") for n in LAYERS]
+    kinds = [("8B", 32, how) for how in ("rowscope", "live", "torch-pruning")] + [
+        ("70B", n, "rowscope") for n in LAYERS
+    ]
     kinds += [("70B", 80, "torch-pruning")] if arguments.seventy else []
     found: dict[tuple[str, int, str], list[dict[str, float]]] = {kind: [] for kind in kinds}
     for repeat in range(arguments.repeats):
@@ -92,7 +94,14 @@ def main() -> None:
     }
     print("| shape | layers | what | CPU seconds | MB above the import | groups |\n|---|---|---|---|---|---|")
     for (shape, layers, how), median in medians.items():
-        cells = [shape, layers, how, f"{median['seconds']:.1f}", f"{median['megabytes']:.0f}", f"{median['groups']:.0f}"]
+        cells = [
+            shape,
+            layers,
+            how,
+            f"{median['seconds']:.1f}",
+            f"{median['megabytes']:.0f}",
+            f"{median['groups']:.0f}",
+        ]
         print(f"| {' | '.join(map(str, cells))} |")
     whole, half = (medians["70B", layers, "rowscope"]["seconds"] for layers in (80, 40))
     ratios = {"80 layers over 40": whole / half}

@@ -180,7 +180,8 @@ def _join(trace: LabelTrace, out: Tensor, parts: Iterable[tuple[Tensor, Entry]])
     position embedding is no row per position.
     """
     labelled = [(tensor, entry) for tensor, entry in parts if entry.fields]
-    dynamic, static = [], []
+    dynamic: list[list[Tensor]] = []
+    static: list[list[Tensor]] = []
     for _, entry in labelled:
         fields = [field.expand(out.shape) for field in entry.fields]
         (static if entry.static else dynamic).append(fields)

@@ -25,6 +25,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     memo: dict[int, Any] = {}
+    module: Any  # attributes of all kinds hang on modules
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         trainable = isinstance(tensor, nn.Parameter)
@@ -67,7 +68,8 @@ def made_up(model: nn.Module) -> dict[str, Any]:
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise InputError(f"{type(model).__name__} is no transformers model: give trace its example_inputs")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # what an adapter wraps
+    wrapper: Any = model
+    base = wrapper.get_base_model() if hasattr(model, "get_base_model") else model  # what an adapter wraps
     known = inspect.signature(base.forward).parameters
     if main == "input_ids":
         token = 1 if config.get_text_config().pad_token_id == 0 else 0

@@ -64,8 +64,8 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], mend:
 
     try:
         backend = dependency_graph(bones, inputs, forward)
-    except Untraceable as reason:
-        raise InputError(f"{name} cannot be traced: {reason}") from None
+    except Untraceable as verdict:
+        raise InputError(f"{name} cannot be traced: {verdict}") from None
     except Exception as error:  # whatever a forward raises
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{name} cannot be traced, its forward fails ({reason}): {mend}") from None

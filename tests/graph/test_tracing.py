@@ -121,7 +121,7 @@ def test_a_shared_position_bias_joins_heads_across_layers():
 
 def test_what_each_head_has_once_goes_with_it():
     """Guards attention sinks: one number per head, a partner of its values and its scores."""
-    graph = trace(tiny(GptOssForCausalLM, num_key_value_heads=2, head_dim=10, num_local_experts=3))
+    graph = trace(tiny(GptOssForCausalLM, num_key_value_heads=2, head_dim=10, num_local_experts=4))
     sinks = graph.group("model.layers.0.self_attn.heads")
     assert sinks.members[0].port.parameter == "model.layers.0.self_attn.sinks"
     assert (sinks.size, sinks.heads) == (2, 2)
@@ -138,7 +138,7 @@ def test_a_key_for_all_heads_keeps_them_together():
 
 
 def test_flops_are_those_of_the_forward(tiny_llama):
-    """Guards the counted work: two per weight and token, as torch's own counter has it for everything but attention."""
+    """Guards the counted work: a multiplication and an addition per weight and token."""
     graph = trace(tiny_llama)
     tokens = graph.inputs["input_ids"][1]
     weights = {name: shape for name, shape in graph.shapes.items() if len(shape) == 2 and "embed" not in name}
