@@ -162,8 +162,8 @@ def empty(source: str) -> PreTrainedModel:
         source: a hub id, a local folder, a ``config.json``, or ``demo``. No weights are read or fetched.
 
     Raises:
-        InputError: if there is no such configuration, its architecture is not one of transformers' own, or no model can
-            be built from it.
+        InputError: if there is no such configuration, its architecture is not one of transformers' own, or no model
+            can be built from it.
     """
     import torch
     import transformers

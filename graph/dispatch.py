@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -96,9 +97,16 @@ class LabelTrace(TorchDispatchMode):
         self.labels.unite(_ids(first[small]), _ids(second[small]))
 
     def gate(self, narrow: Tensor, wide: Tensor) -> None:
-        """Note that `narrow` serves every element of `wide` that it meets."""
+        """Note that `narrow` serves every element of `wide` that it meets.
+
+        What serves one channel is one: query heads that share a value head.
+        """
         small = core(narrow, wide)
-        self.gates.append((_ids(narrow[small]), _ids(wide[small])))
+        serving, served = _ids(narrow[small]), _ids(wide[small])
+        self.gates.append((serving, served))
+        order = np.argsort(self.labels.find(served), kind="stable")
+        same = np.diff(self.labels.find(served)[order]) == 0
+        self.labels.unite(serving[order][:-1][same], serving[order][1:][same])
 
     def joined(self, operands: Iterable[Sequence[Tensor]]) -> list[Tensor]:
         """The fields of what operands, added or multiplied element by element, make together.

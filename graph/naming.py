@@ -34,7 +34,8 @@ def _name(group: CouplingGroup, blocks: Collection[str], only_residual: bool) ->
     if group.kind == "residual":
         return "residual" if only_residual or not common else f"{common}.residual"
     if group.kind.startswith("attention-"):
-        holder = common.rpartition(".")[0] if common in modules else common
+        is_layer = common in modules and group.members[0].port.parameter.endswith((".weight", ".bias"))
+        holder = common.rpartition(".")[0] if is_layer else common
         return f"{holder}.{group.kind.removeprefix('attention-')}".lstrip(".")
     if group.kind == "mlp":
         scattered = any(module.count(".") > common.count(".") + 1 for module in modules)
