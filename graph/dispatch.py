@@ -207,7 +207,7 @@ def _executed(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     """Run an operation: for real on real tensors, on meta as soon as one tensor is."""
     name = func._schema.name.removeprefix("aten::")
     if any(tensor.is_meta for tensor in tensors):
-        if name in ("_local_scalar_dense", "nonzero", "equal"):
+        if name in ("_local_scalar_dense", "nonzero", "equal", "_is_all_true", "_is_any_true"):
             raise Untraceable(f"its forward branches on computed values ({name})")
         if name in ("index", "index_put", "index_put_", "masked_select") and _has_mask(tensors[1:]):
             raise Untraceable("it selects elements by a computed mask")

@@ -40,4 +40,5 @@ def _name(group: CouplingGroup, blocks: Collection[str], only_residual: bool) ->
     if group.kind == "mlp":
         scattered = any(module.count(".") > common.count(".") + 1 for module in modules)
         return f"{common}.mlp" if common in blocks or (scattered and not common.endswith("mlp")) else common
-    return next(m.module or m.port.parameter for m in group.members if m.axis == "row")
+    first = next((member for member in group.members if member.axis == "row"), group.members[0])
+    return first.module or first.port.parameter

@@ -527,7 +527,7 @@ def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> N
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_bilinear2d",
     "upsample_nearest2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_nearest1d",
     "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "reflection_pad1d", "reflection_pad2d",
-    "replication_pad2d",
+    "replication_pad2d", "grid_sampler_2d", "grid_sampler_3d",
 )  # fmt: skip
 def resampled(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Places are pooled, resized or padded; channels stay."""

@@ -59,8 +59,11 @@ def _is_packed(module: nn.Module) -> bool:
     return not _is_float(weight) or tuple(weight.shape) != (module.out_features, module.in_features)
 
 
-def made_up(model: nn.Module) -> dict[str, Any]:
+def made_up(model: nn.Module) -> list[dict[str, Any]]:
     """Small inputs of the right kind for a transformers model: a few tokens, an image, some sound.
+
+    Returns:
+        what to try one after the other: a model of text and images may want both.
 
     Raises:
         InputError: if the model's main input is none of these, or it is no transformers model.
@@ -71,27 +74,31 @@ def made_up(model: nn.Module) -> dict[str, Any]:
     wrapper: Any = model
     base = wrapper.get_base_model() if hasattr(model, "get_base_model") else model  # what an adapter wraps
     known = inspect.signature(base.forward).parameters
+    token = 1 if getattr(config.get_text_config(), "pad_token_id", None) == 0 else 0
+    token_ids = torch.full((1, TOKENS), token)
+    inputs = {"use_cache": False}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = token_ids
     if main == "input_ids":
-        token = 1 if config.get_text_config().pad_token_id == 0 else 0
-        token_ids = torch.full((1, TOKENS), token)
-        inputs = {main: token_ids, "attention_mask": torch.ones_like(token_ids), "decoder_input_ids": token_ids}
+        inputs |= {main: token_ids, "attention_mask": torch.ones_like(token_ids)}
     elif main == "pixel_values":
-        inputs = {main: torch.zeros(1, getattr(config, "num_channels", 3), *_image_size(config))}
-    elif main == "input_features":
-        inputs = {main: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
-        inputs["decoder_input_ids"] = torch.ones(1, TOKENS, dtype=torch.long)
+        inputs[main] = _image(config)
+    elif main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        inputs[main] = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)
     elif main == "input_values":
-        inputs = {main: torch.zeros(1, SAMPLES)}
+        inputs[main] = torch.zeros(1, SAMPLES)
     else:
         raise InputError(f"{type(model).__name__} reads {main}: give trace its example_inputs")
-    if not getattr(config, "is_encoder_decoder", False):
-        inputs.pop("decoder_input_ids", None)
-    return {name: value for name, value in (inputs | {"use_cache": False}).items() if name in known}
+    inputs = {name: value for name, value in inputs.items() if name in known}
+    both = "pixel_values" in known and main == "input_ids"
+    return [inputs, inputs | {"pixel_values": _image(config)}] if both else [inputs]
 
 
-def _image_size(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", None) or 224
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _image(config: Any) -> torch.Tensor:
+    vision = getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(1, getattr(vision, "num_channels", 3), height, width)
 
 
 def blocks(model: nn.Module) -> list[str]:

@@ -40,12 +40,17 @@ def trace(model: nn.Module, example_inputs: Any = None, *, time_limit: float = T
         InputError: if the forward fails or does something of which the coupling is not known, by name and reason.
     """
     bones = skeleton(model)
-    inputs = made_up(bones) if example_inputs is None else _as_dict_or_tuple(example_inputs)
-    mend = (
-        "check its configuration, or give trace example_inputs" if example_inputs is None else "check example_inputs"
-    )
-    run = partial(_traced, bones, tree_map(_weightless, inputs), mend)
-    graph = within(time_limit, f"the trace of {type(bones).__name__}", run)
+    name = type(bones).__name__
+    tries = made_up(bones) if example_inputs is None else [_as_dict_or_tuple(example_inputs)]
+    for number, inputs in enumerate(tries, start=1):
+        try:
+            graph = within(time_limit, f"the trace of {name}", partial(_traced, bones, tree_map(_weightless, inputs)))
+            break
+        except ForwardFails as error:
+            if number == len(tries):
+                own = "check its configuration, or give trace example_inputs"
+                mend = own if example_inputs is None else "check example_inputs"
+                raise InputError(f"{name} cannot be traced, its forward fails ({error}): {mend}") from None
     if graph.unreached:
         names, more = ", ".join(graph.unreached[:3]), len(graph.unreached) - 3
         warnings.warn(
@@ -54,7 +59,11 @@ def trace(model: nn.Module, example_inputs: Any = None, *, time_limit: float = T
     return graph
 
 
-def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], mend: str) -> ModelGraph:
+class ForwardFails(Exception):  # noqa: N818 (says what happened)
+    """The model's own forward raised."""
+
+
+def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> ModelGraph:
     labels = LabelTrace(bones)
     name = type(bones).__name__
 
@@ -67,8 +76,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], mend:
     except Untraceable as verdict:
         raise InputError(f"{name} cannot be traced: {verdict}") from None
     except Exception as error:  # whatever a forward raises
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name} cannot be traced, its forward fails ({reason}): {mend}") from None
+        raise ForwardFails(" ".join(str(error).split())[:200]) from None
     labels.forget()
     stages = blocks(bones)
     groups = coupled_groups(labels, stages, _ties(bones))

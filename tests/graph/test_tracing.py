@@ -213,6 +213,7 @@ def test_an_adapter_joins_the_groups_of_what_it_adapts(tiny_llama):
         ("bert", {"input_ids": (1, 4), "attention_mask": (1, 4)}),
         ("vit", {"pixel_values": (1, 3, 224, 224)}),
         ("t5", {"input_ids": (1, 4), "attention_mask": (1, 4), "decoder_input_ids": (1, 4)}),
+        ("clip", {"input_ids": (1, 4), "attention_mask": (1, 4), "pixel_values": (1, 3, 224, 224)}),
         ("whisper", {"input_features": (1, 80, 3000), "decoder_input_ids": (1, 4)}),
     ],
 )
@@ -255,7 +256,7 @@ def test_index_maps_of_the_backend_are_not_asked_for(monkeypatch, tiny_llama):
 def test_the_backend_is_a_witness(tiny_llama):
     """Guards the second opinion: groups that are joined wrongly are found by Torch-Pruning's dependencies."""
     bones = skeleton(tiny_llama)
-    backend = dependency_graph(bones, made_up(bones), lambda model, inputs: model(**_on_meta(inputs)))
+    backend = dependency_graph(bones, made_up(bones)[0], lambda model, inputs: model(**_on_meta(inputs)))
     groups = trace(tiny_llama).groups
     assert disagreement(backend, groups) is None
     mlp = next(group for group in groups if group.kind == "mlp")
