@@ -24,6 +24,7 @@ from .runs import RunFolder
 from .settings import SEEDS, CalibrationSettings, TrainingSettings
 
 if TYPE_CHECKING:
+    from .graph import ModelGraph
     from .models import LoadedModel
     from .scoring import Budget, Criterion
 
@@ -92,28 +93,102 @@ def _data_source(data: str | None, model: str) -> str:
 @command(app)
 def graph(
     model: Model,
-    format: Annotated[str, typer.Option(help="table or json.")] = "table",
-    out: Annotated[Path | None, typer.Option(help="File to write instead of printing (json).")] = None,
+    format: Annotated[str, typer.Option(help="table, json, graphml, png or svg (a picture of one block).")] = "table",
+    view: Annotated[
+        str, typer.Option(help="What GraphML shows: groups, ports or dataflow.", show_default=False)
+    ] = "groups",
+    block: Annotated[
+        str | None, typer.Option(help="The block to draw; by default the first with most groups.")
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP=CHANNELS",
+            help="Show what removing channels would save, e.g. 'model.layers.*.mlp=512' or 'residual=0-63,70'.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the coupled groups: rows and columns that exist or vanish together."""
+    """Show the coupled groups: rows and columns that exist or vanish together. Reads the configuration alone."""
     from . import models
-    from .graph import trace, write_groups
+    from .graph import write_groups
 
-    if format not in ("table", "json"):
-        raise unknown_name("format", format, ["table", "json"])
+    format = _graph_format(format, out, as_json, remove)
+    _check_graph_options(format, view, block, remove)
+    traced = _traced(models.empty(model))
+    if remove:
+        from .graph.savings import parse_removals, savings
+
+        console.print_savings(model, savings(traced, parse_removals(traced, remove)), format == "json")
+    elif out is None:
+        if format == "json":
+            console.print_json({"model": model, "groups": [group.to_json() for group in traced.groups]})
+        else:
+            console.print_graph(model, traced)
+    else:
+        if format == "json":
+            write_groups(out, model, traced.groups)
+        elif format == "graphml":
+            from .graph.views import condensed, port_graph, write_graphml
+
+            views = {"groups": condensed, "ports": port_graph, "dataflow": lambda graph: graph.dataflow}
+            write_graphml(out, views[view](traced))
+        else:
+            from .analysis.structure import block_picture
+
+            block_picture(traced, out, block)
+        summary = {"groups": len(traced.groups), "graph": str(out)}
+        console.print_json(summary) if as_json else print(f"{len(traced.groups)} coupled groups: {out}")
+
+
+GRAPH_FORMATS = ("table", "json", "graphml", "png", "svg")
+
+
+def _graph_format(format: str, out: Path | None, as_json: bool, remove: list[str] | None) -> str:
+    """The format that was asked for, or that the file's name tells."""
+    if format not in GRAPH_FORMATS:
+        raise unknown_name("format", format, GRAPH_FORMATS)
     if out is not None:
         checked_output(out)
-    loaded = models.load(model)
-    groups = trace(loaded.model).groups
-    if out is not None:
-        write_groups(out, model, groups)
-        summary = {"groups": len(groups), "graph": str(out)}
-        console.print_json(summary) if as_json else print(f"{len(groups)} coupled groups: {out}")
-    elif as_json or format == "json":
-        console.print_json({"model": model, "groups": [group.to_json() for group in groups]})
-    else:
-        console.print_groups(model, list(models.layers(loaded.model)), groups)
+        told = out.suffix.lstrip(".").lower()
+        if format == "table" and told in GRAPH_FORMATS[1:]:
+            format = told
+        if remove:
+            raise InputError("--remove prints: leave --out away")
+        if format == "table":
+            raise InputError(f"--out {out}: name a .json, .graphml, .png or .svg file, or give its --format")
+        if format != told:
+            raise InputError(f"--out {out} with --format {format}: name a .{format} file")
+    elif format in ("graphml", "png", "svg"):
+        raise InputError(f"--format {format} needs a file: give --out")
+    return "json" if as_json and format == "table" else format
+
+
+def _check_graph_options(format: str, view: str, block: str | None, remove: list[str] | None) -> None:
+    views = ("groups", "ports", "dataflow")
+    if view not in views:
+        raise unknown_name("view", view, views)
+    if view != "groups" and format != "graphml":
+        raise InputError("--view is for --format graphml")
+    if block is not None and format not in ("png", "svg"):
+        raise InputError("--block is for --format png or svg")
+    if remove and format not in ("table", "json"):
+        raise InputError(f"--remove prints a table or JSON: leave --format {format} away")
+
+
+def _traced(model: Any) -> ModelGraph:
+    """The model's graph; weights that it does not reach are named on stderr."""
+    import warnings
+
+    from .graph import trace
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = trace(model)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return traced
 
 
 @command(app)
@@ -201,13 +276,12 @@ def select(
 
 def _select(table: ScoreTable, budget: Budget, scope: str, axis: str, loaded: LoadedModel | None) -> Selection:
     from . import scoring
-    from .graph import trace
 
     if loaded is None or scope != "coupled":
         return scoring.select(table, budget, scope=scope, axis=axis)
     if loaded.fingerprint != table.provenance.model_fingerprint:
         raise InputError(f"the scores are of another model than {loaded.source}: score it again")
-    return scoring.select(table, budget, scope=scope, groups=trace(loaded.model).groups)
+    return scoring.select(table, budget, scope=scope, groups=_traced(loaded.model).groups)
 
 
 @finetune_app.callback()

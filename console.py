@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from .records import AXES, ScoreTable, Selection, read_json
 from .runs import RunFolder
 
 if TYPE_CHECKING:
-    from .graph import CouplingGroup
+    from .graph import ModelGraph
+    from .graph.savings import Savings
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -36,19 +38,41 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console.print(table)
 
 
-def print_groups(model: str, layers: Sequence[str], groups: Sequence[CouplingGroup]) -> None:
-    """Print coupled groups; those of identical blocks are folded into one line."""
-    folded: dict[tuple[str, str, int, str], int] = {}
-    for group in groups:
-        name = group.id
-        for layer in layers:
-            name = name.removeprefix(f"{layer}.")
-        axes = [f"{member.module.rsplit('.', 1)[-1]}.{member.axis}" for member in group.members]
-        shown = ", ".join(axes) if len(axes) <= 4 else f"{', '.join(axes[:2])}, ... {len(axes)} in all"
-        key = (name, group.kind, group.size, shown)
-        folded[key] = folded.get(key, 0) + 1
-    rows = [[name, kind, size, count, shown] for (name, kind, size, shown), count in folded.items()]
-    print_table(f"Coupled groups of {model}", ["group", "kind", "channels", "times", "members"], rows)
+def print_graph(model: str, graph: ModelGraph) -> None:
+    """Print coupled groups; identical blocks, and identical groups in a block (experts), are said once."""
+    from .graph.savings import total_parameters
+    from .graph.views import folded
+
+    rows: list[list[str]] = []
+    for block in folded(graph):
+        if block.name:
+            count = len(block.blocks)
+            rows.append([f"{block.name}, {count} identical blocks" if count > 1 else block.name, "", "", "", ""])
+        for line in block.groups:
+            name = f"{'  ' if block.name else ''}{line.name}{f' ({line.times} ×)' if line.times > 1 else ''}"
+            heads = f"{line.group.heads} heads × " if line.group.heads else ""
+            channels = f"{heads}{line.group.size // (line.group.heads or 1)}"
+            share = f"{line.statistics.share:.2%}"
+            rows.append([name, line.group.kind, channels, f"{line.statistics.parameters:,}", share])
+    print_table(f"Coupled groups of {model}", ["group", "kind", "channels", "parameters", "share"], rows)
+    print(f"{len(graph.groups)} groups, {total_parameters(graph):,} parameters")
+
+
+def print_savings(model: str, savings: Savings, as_json: bool) -> None:
+    """Print what removing channels would save; nothing is removed."""
+    before, after = asdict(savings.before), asdict(savings.after)
+    if as_json:
+        removed = {group: len(channels) for group, channels in savings.removed.items()}
+        return print_json({"model": model, "removed": removed, "before": before, "after": after})
+    names = {"parameters": "parameters", "flops": "operations with weights", "key_value_elements": "cache per token"}
+    rows = [
+        [label, f"{before[name]:,}", f"{after[name]:,}", f"{after[name] / max(1, before[name]) - 1:+.1%}"]
+        for name, label in names.items()
+        if before[name] is not None
+    ]
+    count = sum(map(len, savings.removed.values()))
+    title = f"{model} without {count:,} channels of {len(savings.removed)} groups (a dry run)"
+    print_table(title, ["", "before", "after", "change"], rows)
 
 
 def print_scores(table: ScoreTable, out: Path, as_json: bool) -> None:

@@ -57,7 +57,9 @@ def _from_hub(source: str, file: str | None = None) -> Path:
     """A model's files from the hub, or one of them."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries; what is wrong is said in one line
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"model folder {source} does not exist: name a folder, a hub id or 'demo'")
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import networkx
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.patheffects import withStroke
 
 from ..errors import InputError, unknown_name
 from ..graph import CouplingGroup, ModelGraph
-from ..graph.views import block_of, folded
+from ..graph.views import block_of, condensed, folded
 from .drawing import ACCENT, MUTED, WARM, save, styled
 
 WIDTH = 7.5
@@ -460,5 +461,60 @@ def _draw_legend(axes: Axes, legend: Sequence[tuple[str, str]], y: float) -> Non
     axes.text(MARGIN, y + 0.22 * len(legend) + 0.02, explained, va="top", fontsize=8, color="#5b6168", linespacing=1.4)
 
 
+# ---------------------------------------------------------------------------------------------- groups
+
+
+MOST_GROUPS = 60
+COLUMN, ROW, CARD = 1.9, 0.62, (1.5, 0.42)
+
+
+@styled
 def groups_figure(graph: ModelGraph) -> Figure:
-    raise NotImplementedError
+    """Groups as cards from left to right, in the order of the computation; arrows are the weights between them."""
+    view = condensed(graph)
+    if len(view) > MOST_GROUPS:
+        raise InputError(f"the model has {len(view)} groups and no blocks: draw it with --format graphml")
+    order = networkx.condensation(view)
+    generations = [
+        [group for part in parts for group in sorted(order.nodes[part]["members"])]
+        for parts in networkx.topological_generations(order)
+    ]
+    rows = max(len(groups) for groups in generations)
+    width, height = max(WIDTH, MARGIN * 2 + COLUMN * len(generations)), ROW * rows + 1.0
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(MARGIN, 0.27, f"{len(view)} coupled groups", fontsize=11, va="center", weight="bold")
+    places = {
+        group: (MARGIN + COLUMN * column, 0.6 + ROW * (row + (rows - len(groups)) / 2))
+        for column, groups in enumerate(generations)
+        for row, group in enumerate(groups)
+    }
+    for source, target in view.edges:
+        _card_arrow(axes, places[source], places[target])
+    for group, place in places.items():
+        _card(axes, place, group, view.nodes[group])
+    explained = (
+        "A card is a group of channels that exist or vanish together; an arrow is a weight from one to the next."
+    )
+    axes.text(MARGIN, height - 0.2, explained, fontsize=8, va="center", color="#5b6168")
+    figure.set_label(f"Diagram: {len(view)} coupled groups, joined by the weights that lead from one to the next.")
+    return figure
+
+
+def _card(axes: Axes, place: tuple[float, float], name: str, group: dict[str, Any]) -> None:
+    colour = KINDS.get(group["kind"], MUTED)
+    axes.add_patch(Rectangle(place, *CARD, fc=PAPER, ec=colour, lw=1.3))
+    letters = int(CARD[0] / LETTER)
+    short = name if len(name) <= letters else f"…{name[1 - letters :]}"
+    axes.text(place[0] + 0.06, place[1] + 0.14, short, fontsize=8, va="center")
+    axes.text(place[0] + 0.06, place[1] + 0.3, f"{group['size']} channels", fontsize=7.5, va="center", color="#5b6168")
+
+
+def _card_arrow(axes: Axes, source: tuple[float, float], target: tuple[float, float]) -> None:
+    if source == target:
+        return
+    start = (source[0] + CARD[0], source[1] + CARD[1] / 2)
+    style = {"arrowstyle": "-|>", "color": MUTED, "lw": 1, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (target[0], target[1] + CARD[1] / 2), start, arrowprops=style)

@@ -104,8 +104,9 @@ class LabelTrace(TorchDispatchMode):
         small = core(narrow, wide)
         serving, served = _ids(narrow[small]), _ids(wide[small])
         self.gates.append((serving, served))
-        order = np.argsort(self.labels.find(served), kind="stable")
-        same = np.diff(self.labels.find(served)[order]) == 0
+        channels = self.labels.find(served)
+        order = np.argsort(channels, kind="stable")
+        same = np.diff(channels[order]) == 0
         self.labels.unite(serving[order][:-1][same], serving[order][1:][same])
 
     def joined(self, operands: Iterable[Sequence[Tensor]]) -> list[Tensor]:

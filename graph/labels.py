@@ -71,8 +71,8 @@ class Labels:
 
     def unite(self, first: Ids, second: Ids) -> None:
         """Unite labels pair by pair; pairs with label 0 say nothing."""
-        known = (first > 0) & (second > 0)
-        first, second = first[known], second[known]
+        open_ = (first != second) & (first > 0) & (second > 0)
+        first, second = first[open_], second[open_]
         while len(first):
             first, second = self.find(first), self.find(second)
             low, high = np.minimum(first, second), np.maximum(first, second)
