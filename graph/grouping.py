@@ -267,7 +267,8 @@ def _kinds(
         elif attention is not None and len(homes) == 1:
             kinds.append(attention)
         elif len(homes) > 1 or not blocks:
-            kinds.append("residual" if number in of_sums else "channels")
+            is_stream = number in of_sums and {member.axis for member in group_members} == {"row", "column"}
+            kinds.append("residual" if is_stream else "channels")
         else:
             kinds.append("mlp" if number in of_mlp and homes != {None} else "channels")
     return kinds

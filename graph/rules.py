@@ -65,21 +65,15 @@ def _keep(trace: LabelTrace, source: Entry, out: Tensor, fields: Iterable[Tensor
 
 
 @rule(
-    "roll",
-    "flip",
-    "repeat",
-    "rot90",
-    "unfold",
-    "_reshape_alias",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "unsafe_split",
-    "unsafe_split_with_sizes",
-)
+    "roll", "flip", "repeat", "rot90", "unfold", "_reshape_alias", "squeeze", "unsqueeze", "transpose", "t",
+    "pixel_shuffle", "pixel_unshuffle", "unsafe_split", "unsafe_split_with_sizes",
+)  # fmt: skip
 def same_view(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """The operation only moves elements: so it does with labels."""
     source = trace.entry(args[0])
-    moved = [func(field, *args[1:], **kwargs) for field in source.fields]
+    name = func._schema.name.removeprefix("aten::")
+    move = getattr(torch.ops.aten, name.removesuffix("_")) if name.endswith("_") else func  # a field is not written to
+    moved = [move(field, *args[1:], **kwargs) for field in source.fields]
     if isinstance(out, Tensor):
         _keep(trace, source, out, moved)
     else:

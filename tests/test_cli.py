@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rowscope import ScoreTable, Selection, cli
+from rowscope.demo import MODEL_FOLDER
 from rowscope.graph import read_groups
 from rowscope.records import read_json, read_yaml
 from rowscope.runs import RunFolder
@@ -58,6 +59,22 @@ def small_data(folder, splits=("train", "validation", "test"), examples=6):
         lines = [{"prompt": f"{split} {n}?\n", "completion": f"{n}+1\n#### {n + 1}"} for n in range(examples)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder / "data")
+
+
+def test_graph_needs_no_weights(capsys, tmp_path):
+    """Guards the graph of a configuration alone, in every format, and the dry run."""
+    source = tmp_path / "only"
+    source.mkdir()
+    (source / "config.json").write_bytes((MODEL_FOLDER / "config.json").read_bytes())
+    assert run_ok(capsys, "graph", str(source), "--out", "g.json")["groups"] == 25
+    assert len(read_groups(tmp_path / "g.json")) == 25
+    for name, start in (("g.graphml", b"<?xml"), ("g.png", b"\x89PNG"), ("g.svg", b"<?xml")):
+        run_ok(capsys, "graph", str(source / "config.json"), "--out", name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    saved = run_ok(capsys, "graph", str(source), "--remove", "model.layers.*.mlp=128")
+    assert saved["before"]["parameters"] - saved["after"]["parameters"] == 8 * 3 * 128 * 192
+    assert run("graph", str(source)) == 0
+    assert "model.layers.0-7, 8 identical blocks" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_chain_by_commands(capsys, tmp_path):
@@ -196,6 +213,15 @@ def test_scores_of_one_seed_are_equal(tmp_path):
         ("score demo --dtype int3", "unknown dtype"),
         ("score demo --config nowhere.yaml", "nowhere.yaml does not exist"),
         ("graph demo --format gif", "unknown format"),
+        ("graph demo --format png", "needs a file: give --out"),
+        ("graph demo --format png --out graph.svg", "name a .png file"),
+        ("graph demo --out graph", "name a .json, .graphml, .png or .svg file"),
+        ("graph demo --view ports", "--view is for --format graphml"),
+        ("graph demo --format graphml --view port --out g.graphml", "unknown view 'port'"),
+        ("graph demo --block model.layers.0", "--block is for --format png"),
+        ("graph demo --block model.layers.9 --out g.png", "unknown block"),
+        ("graph demo --remove model.layers.0.mlp=512", "would lose all its 512 channels"),
+        ("graph demo --remove model.layers.0.mlp=8 --out g.json", "--remove prints"),
         ("select nowhere.safetensors", "does not exist"),
         ("select broken.jsonl", "not a readable safetensors file"),
         ("select x.safetensors --out x.txt", "name a .safetensors or .yaml file"),

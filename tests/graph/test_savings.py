@@ -1,0 +1,114 @@
+"""What removing channels would save, against models that are really built smaller."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from rowscope import InputError, trace
+from rowscope.graph.savings import parse_removals, savings
+
+LAYERS = ("model.layers.0", "model.layers.1")
+
+
+@pytest.fixture
+def graph(tiny_llama):
+    """Of two blocks with 80 feed-forward channels and 2 key/value heads of 10."""
+    return trace(tiny_llama)
+
+
+def smaller(model, **settings):
+    """A model of the same configuration with other sizes."""
+    config = copy.deepcopy(model.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return LlamaForCausalLM(config)
+
+
+def test_parameters_and_work_are_those_of_a_smaller_model(tiny_llama, graph):
+    """Guards the arithmetic: fewer feed-forward channels and heads cost what a model built so costs."""
+    removals = {f"{layer}.mlp": 30 for layer in LAYERS} | {f"{layer}.self_attn.vo": range(10, 20) for layer in LAYERS}
+    found = savings(graph, removals)
+    built = smaller(tiny_llama, intermediate_size=50, num_key_value_heads=1, num_attention_heads=3)
+    assert found.before.parameters == tiny_llama.num_parameters()
+    assert found.after.parameters == built.num_parameters()
+    for model, cost in ((tiny_llama, found.before), (built, found.after)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.ones(1, graph.inputs["input_ids"][1], dtype=torch.long))
+        counted = counter.get_flop_counts()["Global"]
+        assert cost.flops == sum(
+            count for name, count in counted.items() if "mm" in str(name) and "bmm" not in str(name)
+        )
+
+
+def test_the_cache_is_that_of_the_heads(graph):
+    """Guards keys and values: two heads of ten in both layers, and half of them without one head."""
+    found = savings(graph, {f"{LAYERS[0]}.self_attn.vo": range(10)})
+    assert (found.before.key_value_elements, found.after.key_value_elements) == (
+        2 * 2 * 2 * 10,
+        2 * 2 * 2 * 10 - 2 * 10,
+    )
+
+
+def test_partners_go_along(graph):
+    """Guards heads: the queries and keys of a head go with its values, pair by pair."""
+    found = savings(graph, {f"{LAYERS[0]}.self_attn.vo": range(10, 20)})
+    assert found.removed == {
+        f"{LAYERS[0]}.self_attn.vo": tuple(range(10, 20)),
+        f"{LAYERS[0]}.self_attn.qk": tuple(range(5, 10)),
+    }
+    assert found.shapes[f"{LAYERS[0]}.self_attn.q_proj.weight"] == (30, 48)
+
+
+def test_removing_residual_channels_touches_everything(tiny_llama, graph):
+    """Guards groups that span the model: a narrower stream is a narrower model."""
+    built = smaller(tiny_llama, hidden_size=40)
+    assert savings(graph, {"residual": 8}).after.parameters == built.num_parameters()
+
+
+def test_one_expert_shrinks_alone():
+    """Guards 3-D weights: channels of one expert are a slice of one copy."""
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
+    graph = trace(MixtralForCausalLM(config))
+    found = savings(graph, {"model.layers.0.mlp.experts.1": 5})
+    assert found.before.parameters - found.after.parameters == 5 * 24 * 3
+    assert found.shapes == {
+        "model.layers.0.mlp.experts.gate_up_proj.1": (30, 24),
+        "model.layers.0.mlp.experts.down_proj.1": (24, 15),
+    }
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["model.layers.0.mlp=3"], {"model.layers.0.mlp": 3}),
+        (["model.layers.*.mlp=0-2,7"], {f"{layer}.mlp": [0, 1, 2, 7] for layer in LAYERS}),
+        (["residual=5-5"], {"residual": [5]}),
+    ],
+)
+def test_removals_are_read(graph, texts, expected):
+    """Guards how removals are written: a number of channels, or which; of one group, or of a pattern."""
+    assert parse_removals(graph, texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model.layers.0.mpl=3", "did you mean 'model.layers.0.mlp'"),
+        ("model.layers.0.mlp", "write GROUP=CHANNELS"),
+        ("model.layers.0.mlp=-3", "write GROUP=CHANNELS"),
+        ("model.layers.0.mlp=0-80", "channels 0 to 79"),
+        ("model.layers.0.mlp=0-999999999999", "channels 0 to 79"),
+        ("model.layers.0.mlp=81", "81 cannot be removed"),
+        ("model.layers.0.mlp=80", "would lose all its 80 channels"),
+        ("model.layers.0.self_attn.vo=3", "remove whole heads"),
+        ("*.mpl=3", "no group is called so"),
+    ],
+)
+def test_impossible_removals(graph, text, message):
+    """Guards the one-line answers, before anything is computed."""
+    with pytest.raises(InputError, match=message):
+        savings(graph, parse_removals(graph, [text]))
