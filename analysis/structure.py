@@ -134,7 +134,7 @@ def boxes(graph: ModelGraph, block: str) -> list[Box]:
 def _box(graph: ModelGraph, parameter: str, name: str, parts: Sequence[tuple[CouplingGroup, int]]) -> Box:
     shape = graph.shapes[parameter]
     members = [(group, group.members[number]) for group, number in parts]
-    experts = {member.port.expert for _, member in members} - {None}
+    experts = {member.port.expert for _, member in members if member.port.expert is not None}
     axes = {member.port.dim: member.axis for _, member in members}
     dims = (
         list(range(1, len(shape))) if experts or (len(shape) == 3 and set(axes) <= {1, 2}) else list(range(len(shape)))
@@ -143,7 +143,7 @@ def _box(graph: ModelGraph, parameter: str, name: str, parts: Sequence[tuple[Cou
     column = next((dim for dim in dims if axes.get(dim) == "column"), None)
     row = next(dim for dim in dims if dim != column) if row is None else row
     column = next(dim for dim in dims if dim != row) if column is None else column
-    shown = [(group, m) for group, m in members if m.port.expert in (None, min(experts, default=None))]
+    shown = [(group, m) for group, m in members if m.port.expert in (None, min(experts, default=0))]
     sides = [
         _side(shape[dim], [(group, m.index.table) for group, m in shown if m.port.dim == dim]) for dim in (row, column)
     ]

@@ -290,9 +290,9 @@ def _whole_heads(group: CouplingGroup, channels: NDArray[np.int64]) -> NDArray[n
     """Heads that go as a whole. Raises InputError if the others do not all lose alike."""
     if group.heads is None:
         return np.array([], dtype=np.int64)
-    gone = np.zeros(group.size, dtype=bool)
-    gone[channels] = True
-    gone = gone.reshape(group.heads, -1)
+    flat = np.zeros(group.size, dtype=bool)
+    flat[channels] = True
+    gone = flat.reshape(group.heads, -1)
     others = gone[~gone.all(axis=1)]
     alike = others == others[:1] if group.rotary else others.sum(axis=1) == others[:1].sum()
     if not np.all(alike):

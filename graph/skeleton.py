@@ -76,7 +76,7 @@ def made_up(model: nn.Module) -> list[dict[str, Any]]:
     known = inspect.signature(base.forward).parameters
     token = 1 if getattr(config.get_text_config(), "pad_token_id", None) == 0 else 0
     token_ids = torch.full((1, TOKENS), token)
-    inputs = {"use_cache": False}
+    inputs: dict[str, Any] = {"use_cache": False}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = token_ids
     if main == "input_ids":

@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rowscope
@@ -15,6 +16,8 @@ from rowscope.models import LoadedModel
 from rowscope.settings import CalibrationSettings
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # machines are noisy, no test is timed
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
