@@ -273,7 +273,9 @@ def _with_partners(
     while waiting:
         group = groups[waiting.pop()]
         heads = _whole_heads(group, removed[group.id])
-        for partner in (groups[name] for name in group.partners if len(heads) and name in groups):
+        for partner in (groups[name] for name in group.partners if len(heads)):
+            if partner.heads != group.heads:
+                raise InputError(f"no head of {group.id} can go alone: {partner.id} serves all its heads at once")
             part = partner.size // (partner.heads or partner.size)
             more = np.add.outer(heads * part, np.arange(part)).reshape(-1)
             before = removed.get(partner.id, np.array([], dtype=np.int64))

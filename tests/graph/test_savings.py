@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from rowscope import InputError, trace
 from rowscope.graph.savings import parse_removals, savings
@@ -79,6 +85,18 @@ def test_one_expert_shrinks_alone():
         "model.layers.0.mlp.experts.gate_up_proj.1": (30, 24),
         "model.layers.0.mlp.experts.down_proj.1": (24, 15),
     }
+
+
+def test_heads_that_share_a_key_cannot_go():
+    """Guards latent attention: its rotary key serves all heads, so a dry run without one of them is refused."""
+    sizes = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    config = DeepseekV3Config(
+        vocab_size=50, hidden_size=24, intermediate_size=20, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, first_k_dense_replace=1, **sizes,
+    )  # fmt: skip
+    graph = trace(DeepseekV3ForCausalLM(config))
+    with pytest.raises(InputError, match="no head of model.layers.0.self_attn.vo can go alone"):
+        savings(graph, {"model.layers.0.self_attn.vo": range(6)})
 
 
 @pytest.mark.parametrize(
