@@ -47,7 +47,7 @@ def print_graph(model: str, graph: ModelGraph) -> None:
     for block in folded(graph):
         if block.name:
             count = len(block.blocks)
-            rows.append([f"{block.name}, {count} identical blocks" if count > 1 else block.name, "", "", "", ""])
+            rows.append([f"{block.name} ({count} identical)" if count > 1 else block.name, "", "", "", ""])
         for line in block.groups:
             name = f"{'  ' if block.name else ''}{line.name}{f' ({line.times} ×)' if line.times > 1 else ''}"
             heads = f"{line.group.heads} heads × " if line.group.heads else ""
@@ -64,7 +64,11 @@ def print_savings(model: str, savings: Savings, as_json: bool) -> None:
     if as_json:
         removed = {group: len(channels) for group, channels in savings.removed.items()}
         return print_json({"model": model, "removed": removed, "before": before, "after": after})
-    names = {"parameters": "parameters", "flops": "operations with weights", "key_value_elements": "cache per token"}
+    names = {
+        "parameters": "parameters",
+        "flops": "operations with weights",
+        "key_value_elements": "keys and values per token",
+    }
     rows = [
         [label, f"{before[name]:,}", f"{after[name]:,}", f"{after[name] / max(1, before[name]) - 1:+.1%}"]
         for name, label in names.items()

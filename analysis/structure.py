@@ -7,33 +7,36 @@ colour of the group that its indices belong to, so sides of one colour vanish to
 from __future__ import annotations
 
 import math
+import re
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import networkx
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.patches import Polygon, Rectangle
 
 from ..errors import InputError, unknown_name
-from ..graph import CouplingGroup, ModelGraph
+from ..graph import CouplingGroup, Member, ModelGraph
 from ..graph.views import block_of, condensed, folded
-from .drawing import ACCENT, MUTED, WARM, save, styled
+from .drawing import ACCENT, INK, MUTED, WARM, save, styled
 
 WIDTH = 7.5
-LARGEST, SMALLEST = 1.15, 0.12  # sides of a box
+LARGEST, FITTING, SMALLEST = 1.5, 0.8, 0.12  # the longest side of a box: at most, to fit a line, and of any box
 STRIP = 0.07  # thickness of a coloured side
 MARGIN = 0.15
 STREAM = 0.62  # right side of the residual stream
 GAP = 0.3
 FIRST = STREAM + 0.35  # left side of the first box
-LETTER = 0.068  # width of a letter of 8 points
+LETTER, LINE = 0.068, 0.145  # width and height of a letter of 8 points
+LONGEST, LEGEND_LETTERS = 16, 84  # letters of a line of a label, and of the legend
 SAMPLES = 120  # places at which the colour of a side is asked
-PAPER = "#f4f5f7"
+PAPER, NOTE = "#f4f5f7", "#5b6168"
 KINDS = {"residual": ACCENT, "mlp": WARM, "attention-vo": "#2f8f6b", "attention-qk": "#8459a8"}
 OTHERS = ("#b8405e", "#a3862a", "#2f8f9d", "#7a5c4a", "#5d7a1f", "#c06fb0")
 BARE = "#c9cdd3"  # a side that belongs to no group
@@ -109,13 +112,15 @@ class Box:
 
     Attributes:
         name: relative to the block.
-        label: what stands under it, in lines.
+        label: its name in the picture, in lines.
+        notes: what stands under that: its shape, and how many experts there are.
         rows, columns: its sides.
         experts: how many there are of it; 1 unless it is an expert.
     """
 
     name: str
     label: tuple[str, ...]
+    notes: tuple[str, ...]
     rows: Side
     columns: Side
     experts: int = 1
@@ -134,24 +139,37 @@ def boxes(graph: ModelGraph, block: str) -> list[Box]:
 def _box(graph: ModelGraph, parameter: str, name: str, parts: Sequence[tuple[CouplingGroup, int]]) -> Box:
     shape = graph.shapes[parameter]
     members = [(group, group.members[number]) for group, number in parts]
-    experts = {member.port.expert for _, member in members if member.port.expert is not None}
+    experts = [member.port.expert for _, member in members if member.port.expert is not None]
     axes = {member.port.dim: member.axis for _, member in members}
-    dims = (
-        list(range(1, len(shape))) if experts or (len(shape) == 3 and set(axes) <= {1, 2}) else list(range(len(shape)))
-    )
-    row = next((dim for dim in dims if axes.get(dim) == "row"), None)
-    column = next((dim for dim in dims if axes.get(dim) == "column"), None)
-    row = next(dim for dim in dims if dim != column) if row is None else row
-    column = next(dim for dim in dims if dim != row) if column is None else column
+    first = 1 if experts or (len(shape) == 3 and axes and set(axes) <= {1, 2}) else 0
+    row, column = _row_and_column(range(first, len(shape)), axes)
     shown = [(group, m) for group, m in members if m.port.expert in (None, min(experts, default=0))]
-    sides = [
+    rows, columns = (
         _side(shape[dim], [(group, m.index.table) for group, m in shown if m.port.dim == dim]) for dim in (row, column)
-    ]
-    kernel = [str(shape[dim]) for dim in dims if dim not in (row, column)]
+    )
+    kernel = [str(shape[dim]) for dim in range(first, len(shape)) if dim not in (row, column)]
     size = f"{shape[row]} × {shape[column]}" + (f" × {'×'.join(kernel)}" if kernel else "")
-    count = shape[0] if 0 not in dims else 1
-    lines = [name.removesuffix(".weight").rpartition(".")[2], size]
-    return Box(name, tuple([*lines, f"1 of {count} experts"] if count > 1 else lines), sides[0], sides[1], count)
+    count = shape[0] if first else 1
+    notes = (size, f"× {count} experts") if count > 1 else (size,)
+    return Box(name, _wrapped(name.removesuffix(".weight").rpartition(".")[2]), notes, rows, columns, count)
+
+
+def _row_and_column(dims: Sequence[int], axes: dict[int, str]) -> tuple[int, int]:
+    """The dims of rows and columns, where one of them may belong to no group."""
+    row = next((dim for dim in dims if axes.get(dim) == "row"), None)
+    column = next((dim for dim in dims if axes.get(dim) == "column" and dim != row), None)
+    row = next(dim for dim in dims if dim != column) if row is None else row
+    return row, next(dim for dim in dims if dim != row) if column is None else column
+
+
+def _wrapped(label: str) -> tuple[str, ...]:
+    """A name in lines, broken after a dot or an underscore."""
+    lines = [""]
+    for part in re.findall(r"[^._]*[._]?", label):
+        if lines[-1] and len(lines[-1] + part) > LONGEST:
+            lines.append("")
+        lines[-1] += part
+    return tuple(lines)
 
 
 def _side(size: int, members: Iterable[tuple[CouplingGroup, np.ndarray]]) -> Side:
@@ -188,7 +206,26 @@ def branches(graph: ModelGraph, block: str, stream: CouplingGroup) -> list[Branc
             joined.add_edge(number, near)
     parts = sorted(sorted(part) for part in networkx.connected_components(joined))
     ordered = [sorted((found[n] for n in part), key=lambda box: stream.id in box.rows.ids) for part in parts]
-    return [Branch(_title(part, kinds), tuple(part)) for part in ordered]
+    return [Branch(_title(part, kinds), tuple(_labelled(part))) for part in ordered]
+
+
+def _labelled(part: Sequence[Box]) -> list[Box]:
+    """Boxes of one branch with labels that tell them apart."""
+    labels = _short_names([box.name.removesuffix(".weight") for box in part])
+    return [replace(box, label=_wrapped(label)) for box, label in zip(part, labels, strict=True)]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each name, or as many as tell it from the others (``output.dense``)."""
+    for parts in range(1, 9):
+        short = [".".join(name.split(".")[-parts:]) for name in names]
+        if len(set(short)) == len(short) and not any(name.isdecimal() for name in short):
+            break
+    plain = [name.rpartition(".")[2] for name in names]
+    return [
+        last if plain.count(last) == 1 and not last.isdecimal() else name
+        for last, name in zip(plain, short, strict=True)
+    ]
 
 
 def _inner(box: Box, kinds: dict[str, str]) -> set[str]:
@@ -253,49 +290,78 @@ class Placed:
         return self.x + self.width / 2
 
 
+@dataclass(frozen=True)
+class Palette:
+    """Groups of the picture: the id of the stream, a colour for each, those that some matrix of the model writes."""
+
+    stream: str
+    colours: dict[str, str]
+    written: frozenset[str]
+
+
 @styled
 def block_figure(graph: ModelGraph, block: str, stream: CouplingGroup) -> Figure:
     """One block: branches under each other, beside the residual stream that they read from and write to."""
     parts = branches(graph, block, stream)
     shown = [box for part in parts for box in part.boxes]
-    colours = _colours(graph, stream, shown)
-    scale = LARGEST / math.sqrt(max(side.size for box in shown for side in (box.rows, box.columns)))
+    palette = _palette(graph, stream, shown)
+    scale = _scale(parts)
     lines = [(part.title, line) for part in parts for line in _lines(part.boxes, scale)]
-    legend = _legend(graph, block, colours)
+    legend = _legend(graph, block, palette.colours)
     figure = Figure(figsize=(WIDTH, 1))
     axes = figure.add_axes((0, 0, 1, 1))
     y = top = _heading(axes, graph, block)
     for title, line in lines:
-        y = _draw_line(axes, title, line, y, scale, stream.id, colours)
+        y = _draw_line(axes, title, line, y, scale, palette)
     _draw_stream(axes, stream, top, y)
-    _draw_legend(axes, legend, y + 0.35)
-    height = y + 0.35 + 0.22 * len(legend) + 0.55
+    height = _draw_legend(axes, legend, y + 0.5) + 0.1
     figure.set_size_inches(WIDTH, height)
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
-    names = ", ".join(title for title, _ in lines)
+    names = ", ".join(dict.fromkeys(title for title, _ in lines))
     figure.set_label(f"Diagram: weights of {block} ({names}) as boxes; sides of one coupled group have one colour.")
     return figure
 
 
-def _colours(graph: ModelGraph, stream: CouplingGroup, shown: Sequence[Box]) -> dict[str, str]:
-    """A colour for each group that is drawn: by kind, and another for the second of a kind."""
+def _palette(graph: ModelGraph, stream: CouplingGroup, shown: Sequence[Box]) -> Palette:
+    """A colour for each group that is drawn, the stream's first: by kind, and another for the second of a kind."""
     ids = {group for box in shown for group in box.rows.ids | box.columns.ids}
     colours, others = {stream.id: ACCENT}, iter(OTHERS * (1 + len(ids)))
     for group in graph.groups:
         if group.id in ids and group.id not in colours:
             own = KINDS.get(group.kind)
             colours[group.id] = own if own and own not in colours.values() else next(others)
-    return colours
+    drawn = [group for group in graph.groups if group.id in colours]
+    written = {group.id for group in drawn if any(_is_written(graph, member) for member in group.members)}
+    return Palette(stream.id, colours, frozenset(written))
+
+
+def _is_written(graph: ModelGraph, member: Member) -> bool:
+    """Whether the member is the rows of a matrix; the table of a lookup is read at its columns and written nowhere."""
+    return member.axis == "row" and len(graph.shapes[member.port.parameter]) > 1
+
+
+def _scale(parts: Sequence[Branch]) -> float:
+    """Inches per square root of a size: as large as lets every branch stand in one line."""
+    largest = math.sqrt(max(side.size for part in parts for box in part.boxes for side in (box.rows, box.columns)))
+    longest = np.arange(LARGEST, FITTING, -0.05)
+    fitting = (size for size in longest if all(len(list(_lines(part.boxes, size / largest))) == 1 for part in parts))
+    return float(next(fitting, 1.0)) / largest
 
 
 def _size(box: Box, scale: float) -> tuple[float, float]:
     """Width and height, both as the square root of how many."""
-    return tuple(max(SMALLEST, scale * math.sqrt(side.size)) for side in (box.columns, box.rows))  # type: ignore[return-value]
+    width, height = (max(SMALLEST, scale * math.sqrt(side.size)) for side in (box.columns, box.rows))
+    return width, height
+
+
+def _label_width(box: Box) -> float:
+    return LETTER * max(map(len, (*box.label, *box.notes)))
 
 
 def _slot(box: Box, scale: float) -> float:
-    return max(_size(box, scale)[0] + STRIP, LETTER * max(map(len, box.label)))
+    """Width that a box takes, with its label."""
+    return max(_size(box, scale)[0] + STRIP, _label_width(box))
 
 
 def _lines(shown: Sequence[Box], scale: float) -> Iterator[tuple[Box, ...]]:
@@ -316,9 +382,7 @@ def _heading(axes: Axes, graph: ModelGraph, block: str) -> float:
     return 0.5
 
 
-def _draw_line(
-    axes: Axes, title: str, line: Sequence[Box], y: float, scale: float, stream: str, colours: dict[str, str]
-) -> float:
+def _draw_line(axes: Axes, title: str, line: Sequence[Box], y: float, scale: float, palette: Palette) -> float:
     """Draw boxes beside each other with their arrows; returns where the next line begins."""
     axes.text(FIRST - 0.1, y + 0.12, title, fontsize=9, va="center", weight="bold")
     read, link, top = y + 0.36, y + 0.56, y + 0.86
@@ -328,19 +392,23 @@ def _draw_line(
         slot = _slot(box, scale)
         placed.append(Placed(box, x + (slot - width - STRIP) / 2, top, width, height))
         x += slot + GAP
-    bottom = max(p.y + p.height for p in placed) + 0.15 * max(len(p.box.label) for p in placed) + 0.2
+    bottom = max(_below(p) + LINE * len(p.box.label + p.box.notes) for p in placed) + 0.12
+    _draw_links(axes, placed, link, palette)
+    _draw_reads(axes, [p for p in placed if palette.stream in p.box.columns.ids], read)
+    _draw_writes(axes, [p for p in placed if palette.stream in p.box.rows.ids], bottom)
     for p in placed:
-        _draw_box(axes, p, colours)
-    _draw_links(axes, placed, link, stream, colours)
-    _draw_reads(axes, [p for p in placed if stream in p.box.columns.ids], read)
-    _draw_writes(axes, [p for p in placed if stream in p.box.rows.ids], bottom)
+        _draw_box(axes, p, palette.colours)
     return bottom + 0.25
 
 
+def _below(p: Placed) -> float:
+    """Where the label of a box begins."""
+    return p.y + p.height + 0.06 + (0.1 if p.box.experts > 1 else 0)
+
+
 def _draw_box(axes: Axes, p: Placed, colours: dict[str, str]) -> None:
-    for shift in (0.1, 0.05) if p.box.experts > 1 else ():
+    for shift in (0.1, 0.05, 0) if p.box.experts > 1 else (0,):
         axes.add_patch(Rectangle((p.x - shift, p.y + shift), p.width, p.height, fc=PAPER, ec=MUTED, lw=0.6))
-    axes.add_patch(Rectangle((p.x, p.y), p.width, p.height, fc=PAPER, ec=MUTED, lw=0.6))
     for start, stop, group in _runs(p.box.columns):
         place = (p.x + start * p.width, p.top)
         axes.add_patch(Rectangle(place, (stop - start) * p.width, STRIP, fc=colours.get(group, BARE), lw=0))
@@ -349,14 +417,13 @@ def _draw_box(axes: Axes, p: Placed, colours: dict[str, str]) -> None:
         axes.add_patch(Rectangle(place, STRIP, (stop - start) * p.height, fc=colours.get(group, BARE), lw=0))
     for group, index in p.box.columns.marks:
         x = p.x + (index + 0.5) / p.box.columns.size * p.width
-        axes.plot([x, x], [p.y, p.y + p.height], color=colours[group], lw=0.9, alpha=0.7)
+        axes.plot([x, x], [p.y, p.y + p.height], color=colours[group], lw=0.9, alpha=0.7, solid_capstyle="butt")
     for group, index in p.box.rows.marks:
         y = p.y + (index + 0.5) / p.box.rows.size * p.height
-        axes.plot([p.x, p.x + p.width], [y, y], color=colours[group], lw=0.9, alpha=0.7)
-    low = p.y + p.height + 0.06 + (0.1 if p.box.experts > 1 else 0)
-    name, *rest = p.box.label
-    axes.text(p.middle, low, name, fontsize=8, ha="center", va="top")
-    axes.text(p.middle, low + 0.145, "\n".join(rest), fontsize=7.5, ha="center", va="top", color="#5b6168")
+        axes.plot([p.x, p.x + p.width], [y, y], color=colours[group], lw=0.9, alpha=0.7, solid_capstyle="butt")
+    for number, text in enumerate(p.box.label + p.box.notes):
+        size, colour = (8, INK) if number < len(p.box.label) else (7.5, NOTE)
+        axes.text(p.middle, _below(p) + LINE * number, text, fontsize=size, ha="center", va="top", color=colour)
 
 
 def _runs(side: Side) -> Iterator[tuple[float, float, str]]:
@@ -369,152 +436,203 @@ def _runs(side: Side) -> Iterator[tuple[float, float, str]]:
             start = stop
 
 
-def _draw_links(axes: Axes, placed: Sequence[Placed], y: float, stream: str, colours: dict[str, str]) -> None:
-    """From the rows of a group to its columns, above the boxes."""
-    for group in colours:
+def _draw_links(axes: Axes, placed: Sequence[Placed], y: float, palette: Palette) -> None:
+    """From the rows of a group to its columns, above the boxes; a short arrow where the rows are elsewhere."""
+    for group, colour in palette.colours.items():
         sources = [p for p in placed if group in p.box.rows.ids]
         targets = [p for p in placed if group in p.box.columns.ids]
-        if group == stream or not targets or not sources:
+        if group == palette.stream or group not in palette.written or not targets:
             continue
+        ends = [p.right - STRIP / 2 for p in sources] + [p.middle for p in targets]
+        if sources:
+            _path(axes, [(min(ends), y), (max(ends), y)], colour)
         for p in sources:
-            x = p.right - STRIP / 2
-            _path(axes, [(x, p.y), (x, y), (targets[-1].middle, y)], colours[group])
+            _path(axes, [(p.right - STRIP / 2, y), (p.right - STRIP / 2, p.y)], colour)
         for p in targets:
-            _path(axes, [(p.middle, y), (p.middle, p.top)], colours[group], arrow=True)
+            _arrow(axes, [(p.middle, y), (p.middle, p.top)], colour)
 
 
 def _draw_reads(axes: Axes, readers: Sequence[Placed], y: float) -> None:
+    """From the stream, above everything else, down to each reader."""
     for p in readers:
-        _path(axes, [(STREAM, y), (p.middle, y), (p.middle, p.top)], ACCENT, arrow=True)
+        _path(axes, [(p.middle, y + 0.08), (p.middle, p.top - 0.1)], "white", width=4.5)  # what it crosses is below
+        _arrow(axes, [(p.middle, y), (p.middle, p.top)], ACCENT)
+    if readers:
+        _path(axes, [(STREAM, y), (max(p.middle for p in readers), y)], ACCENT)
 
 
 def _draw_writes(axes: Axes, writers: Sequence[Placed], y: float) -> None:
+    """From each writer, below everything else, back to the stream."""
     for p in writers:
-        start = (p.right, p.y + p.height / 2)
-        _path(axes, [start, (p.right + 0.15, start[1]), (p.right + 0.15, y), (STREAM, y)], ACCENT, arrow=True)
+        start, beside = p.y + p.height / 2, max(p.right, p.middle + _label_width(p.box) / 2) + 0.12
+        _arrow(axes, [(p.right, start), (beside, start), (beside, y), (STREAM, y)], ACCENT)
 
 
-def _path(axes: Axes, points: Sequence[tuple[float, float]], colour: str, arrow: bool = False) -> None:
-    """A line round corners; where it crosses another it is the upper one."""
-    halo = [withStroke(linewidth=3.4, foreground="white")]
-    axes.plot(*zip(*points, strict=True), color=colour, lw=1.3, path_effects=halo, solid_capstyle="butt")
-    if arrow:
-        axes.annotate(
-            "", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.3, "shrinkB": 0}
-        )
+def _path(axes: Axes, points: Sequence[tuple[float, float]], colour: str, width: float = 1.3) -> None:
+    cap: Literal["butt", "projecting"] = "butt" if colour == "white" else "projecting"
+    axes.plot(*zip(*points, strict=True), color=colour, lw=width, solid_capstyle=cap, solid_joinstyle="miter")
+
+
+def _arrow(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """A line round corners with a head at its end."""
+    (x, y), (from_x, from_y) = points[-1], points[-2]
+    length, half = 0.1, 0.045
+    unit = math.hypot(x - from_x, y - from_y)
+    along, across = ((x - from_x) / unit, (y - from_y) / unit), ((from_y - y) / unit, (x - from_x) / unit)
+    back = (x - length * along[0], y - length * along[1])
+    head = [(x, y), *((back[0] + side * across[0], back[1] + side * across[1]) for side in (half, -half))]
+    _path(axes, [*points[:-1], back], colour)
+    axes.add_patch(Polygon(head, fc=colour, lw=0, zorder=2.5))
 
 
 def _draw_stream(axes: Axes, stream: CouplingGroup, top: float, bottom: float) -> None:
-    width = 0.16
-    axes.add_patch(Rectangle((STREAM - width, top), width, bottom - top, fc=ACCENT, lw=0))
-    axes.annotate(
-        "",
-        (STREAM - width / 2, bottom + 0.2),
-        (STREAM - width / 2, bottom - 0.05),
-        arrowprops={"arrowstyle": "-|>", "color": ACCENT, "lw": 3, "mutation_scale": 18},
-    )
+    left, middle = STREAM - 0.16, STREAM - 0.08
+    tip, wings = bottom + 0.22, (left - 0.09, STREAM + 0.09)
+    outline = [(left, top), (STREAM, top), (STREAM, bottom), (wings[1], bottom), (middle, tip)]
+    axes.add_patch(Polygon([*outline, (wings[0], bottom), (left, bottom)], fc=ACCENT, lw=0))
     text = f"residual stream, {stream.size} channels"
-    axes.text(STREAM - width - 0.12, (top + bottom) / 2, text, rotation=90, ha="center", va="center", fontsize=9)
+    axes.text(left - 0.12, (top + bottom) / 2, text, rotation=90, ha="center", va="center", fontsize=9)
 
 
 # ---------------------------------------------------------------------------------------------- words
 
 
 def _legend(graph: ModelGraph, block: str, colours: dict[str, str]) -> list[tuple[str, str]]:
-    """(colour, words) of each group that is drawn."""
-    return [(colours[group.id], in_words(graph, group, block)) for group in graph.groups if group.id in colours]
+    """(colour, words) of each group that is drawn; with its name where words alone do not tell it from another."""
+    groups = {group.id: group for group in graph.groups}
+    words = {name: in_words(groups[name]) for name in colours}
+    common = Counter(words.values())
+    legend = []
+    for name, colour in colours.items():
+        text = words[name] + (f" of {name.removeprefix(f'{block}.')}" if common[words[name]] > 1 else "")
+        norms = _norms(graph, groups[name], block)
+        legend.append((colour, text + (f"; also {', '.join(norms)}" if norms else "")))
+    return legend
 
 
-def in_words(graph: ModelGraph, group: CouplingGroup, block: str) -> str:
+def in_words(group: CouplingGroup) -> str:
     """What a group is, for people who meet the word for the first time."""
+    if group.kind == "attention-heads":
+        return f"one per head ({group.size})"
     names = {
         "mlp": "feed-forward channels",
         "attention-vo": "value/output channels",
         "attention-qk": "query/key pairs" if group.rotary else "query/key channels",
-        "attention-heads": "once per head",
         "residual": "residual stream",
     }
-    text = names.get(group.kind, f"channels of {group.id.removeprefix(f'{block}.')}")
-    if group.heads:
-        text += f", {group.heads} heads × {group.size // group.heads}"
-    else:
-        text += f" ({group.size})"
-    vectors = [
-        member.module.removeprefix(f"{block}.")
-        for member in group.members
-        if member.module.startswith(f"{block}.") and len(graph.shapes[member.port.parameter]) == 1
-    ]
-    matrices = {m.module for m in group.members if len(graph.shapes[m.port.parameter]) > 1}
-    norms = [name for name in dict.fromkeys(vectors) if f"{block}.{name}" not in matrices]
-    return text + (f"; also {', '.join(norms)}" if norms else "")
+    text = names.get(group.kind, "channels")
+    if not group.heads:
+        return f"{text} ({group.size})"
+    return f"{text}, {group.heads} head{'s' if group.heads > 1 else ''} × {group.size // group.heads}"
 
 
-def _draw_legend(axes: Axes, legend: Sequence[tuple[str, str]], y: float) -> None:
-    for number, (colour, words) in enumerate(legend):
-        place = y + 0.22 * number
-        axes.add_patch(Rectangle((MARGIN, place - 0.06), 0.3, 0.12, fc=colour, lw=0))
-        axes.text(MARGIN + 0.4, place, words, va="center", fontsize=9)
+def _norms(graph: ModelGraph, group: CouplingGroup, block: str) -> list[str]:
+    """Layers of the block with channels of the group and no matrix: they are not drawn."""
+    dims: dict[str, int] = {}
+    for member in group.members:
+        if member.module.startswith(f"{block}."):
+            name = member.module.removeprefix(f"{block}.")
+            dims[name] = max(dims.get(name, 0), len(graph.shapes[member.port.parameter]))
+    return [name for name, most in dims.items() if most == 1]
+
+
+def _draw_legend(axes: Axes, legend: Sequence[tuple[str, str]], y: float) -> float:
+    """Draw what the colours mean; returns where it ends."""
+    for colour, words in legend:
+        axes.add_patch(Rectangle((MARGIN, y - 0.06), 0.3, 0.12, fc=colour, lw=0))
+        for line in textwrap.wrap(words, LEGEND_LETTERS):
+            axes.text(MARGIN + 0.4, y, line, va="center", fontsize=9)
+            y += 0.19
+        y += 0.03
     explained = (
-        "A box is a weight: its inputs (columns) along the top, its outputs (rows) down the right side.\n"
-        "Sides of one colour exist or vanish together; the thin lines of a colour are one channel."
+        "A box is a weight: its inputs (columns) along the top, its outputs (rows) down the right side.",
+        "Sides of one colour exist or vanish together; the thin lines of a colour are one channel.",
     )
-    axes.text(MARGIN, y + 0.22 * len(legend) + 0.02, explained, va="top", fontsize=8, color="#5b6168", linespacing=1.4)
+    for line in explained:
+        axes.text(MARGIN, y + 0.03, line, va="center", fontsize=8, color=NOTE)
+        y += 0.17
+    return y
 
 
 # ---------------------------------------------------------------------------------------------- groups
 
 
 MOST_GROUPS = 60
-COLUMN, ROW, CARD = 1.9, 0.62, (1.5, 0.42)
+CARD, BETWEEN, BAND = (1.2, 0.5), 0.82, 0.55  # a card; the gap beside it; the gap below the cards of a band
+ACROSS = 1 + int((WIDTH - 2 * MARGIN - CARD[0]) // (CARD[0] + BETWEEN))  # cards beside each other
 
 
 @styled
 def groups_figure(graph: ModelGraph) -> Figure:
-    """Groups as cards from left to right, in the order of the computation; arrows are the weights between them."""
+    """Groups as cards from left to right, in the order of the model; arrows are the weights between them.
+
+    Raises:
+        InputError: if there are too many to be read.
+    """
     view = condensed(graph)
     if len(view) > MOST_GROUPS:
         raise InputError(f"the model has {len(view)} groups and no blocks: draw it with --format graphml")
-    order = networkx.condensation(view)
-    generations = [
-        [group for part in parts for group in sorted(order.nodes[part]["members"])]
-        for parts in networkx.topological_generations(order)
-    ]
-    rows = max(len(groups) for groups in generations)
-    width, height = max(WIDTH, MARGIN * 2 + COLUMN * len(generations)), ROW * rows + 1.0
-    figure = Figure(figsize=(width, height))
+    places, bottom = _card_places(view)
+    figure = Figure(figsize=(WIDTH, bottom + 0.3))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set(xlim=(0, WIDTH), ylim=(bottom + 0.3, 0))
     axes.axis("off")
     axes.text(MARGIN, 0.27, f"{len(view)} coupled groups", fontsize=11, va="center", weight="bold")
-    places = {
-        group: (MARGIN + COLUMN * column, 0.6 + ROW * (row + (rows - len(groups)) / 2))
-        for column, groups in enumerate(generations)
-        for row, group in enumerate(groups)
-    }
-    for source, target in view.edges:
-        _card_arrow(axes, places[source], places[target])
+    for source, target, names in view.edges(data="parameters"):
+        _card_arrow(axes, places[source], places[target], [name.removesuffix(".weight") for name in names])
     for group, place in places.items():
         _card(axes, place, group, view.nodes[group])
     explained = (
         "A card is a group of channels that exist or vanish together; an arrow is a weight from one to the next."
     )
-    axes.text(MARGIN, height - 0.2, explained, fontsize=8, va="center", color="#5b6168")
+    axes.text(MARGIN, bottom, explained, fontsize=8, va="center", color=NOTE)
     figure.set_label(f"Diagram: {len(view)} coupled groups, joined by the weights that lead from one to the next.")
     return figure
 
 
+def _card_places(view: networkx.DiGraph) -> tuple[dict[str, tuple[float, float]], float]:
+    """Left upper corner of each group's card, and where they end. A group stands right of all that come before it in
+    the model and lead to it; where a line is full, the next begins below."""
+    levels: dict[str, int] = {}
+    for group in view:
+        levels[group] = 1 + max(
+            (levels[before] for before in view.predecessors(group) if before in levels), default=-1
+        )
+    places, y = {}, 0.75
+    for first in range(0, 1 + max(levels.values()), ACROSS):
+        columns = [[g for g in view if levels[g] == level] for level in range(first, first + ACROSS)]
+        for column, groups in enumerate(columns):
+            for row, group in enumerate(groups):
+                places[group] = (MARGIN + column * (CARD[0] + BETWEEN), y + row * (CARD[1] + 0.25))
+        y += max(map(len, columns)) * (CARD[1] + 0.25) - 0.25 + BAND
+    return places, y
+
+
 def _card(axes: Axes, place: tuple[float, float], name: str, group: dict[str, Any]) -> None:
-    colour = KINDS.get(group["kind"], MUTED)
-    axes.add_patch(Rectangle(place, *CARD, fc=PAPER, ec=colour, lw=1.3))
-    letters = int(CARD[0] / LETTER)
+    axes.add_patch(Rectangle(place, *CARD, fc=PAPER, ec=KINDS.get(group["kind"], MUTED), lw=1.3, zorder=3))
+    letters = int((CARD[0] - 0.1) / LETTER)
     short = name if len(name) <= letters else f"…{name[1 - letters :]}"
-    axes.text(place[0] + 0.06, place[1] + 0.14, short, fontsize=8, va="center")
-    axes.text(place[0] + 0.06, place[1] + 0.3, f"{group['size']} channels", fontsize=7.5, va="center", color="#5b6168")
+    axes.text(place[0] + 0.07, place[1] + 0.16, short, fontsize=8, va="center", zorder=4)
+    text = f"{group['size']} channels"
+    axes.text(place[0] + 0.07, place[1] + 0.36, text, fontsize=7.5, va="center", color=NOTE, zorder=4)
 
 
-def _card_arrow(axes: Axes, source: tuple[float, float], target: tuple[float, float]) -> None:
+def _card_arrow(axes: Axes, source: tuple[float, float], target: tuple[float, float], names: Sequence[str]) -> None:
+    """Straight to a card further right, with the weight's name to the next; to a lower line between the lines; to one
+    further left or beyond the next (a shortcut) above the cards."""
+    (x, y), (to_x, to_y) = (source[0] + CARD[0], source[1] + CARD[1] / 2), (target[0], target[1] + CARD[1] / 2)
     if source == target:
         return
-    start = (source[0] + CARD[0], source[1] + CARD[1] / 2)
-    style = {"arrowstyle": "-|>", "color": MUTED, "lw": 1, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (target[0], target[1] + CARD[1] / 2), start, arrowprops=style)
+    if to_x > x and abs(to_x - x - BETWEEN) < 0.01:
+        _arrow(axes, [(x, y), (to_x, to_y)], MUTED)
+        last = re.search(r"[^.]*(\.\d+)*$", names[0])
+        label = (last[0] if last else names[0]) + (f" + {len(names) - 1}" if len(names) > 1 else "")
+        room = int((BETWEEN - 0.1) / LETTER)
+        label = label if len(label) <= room else f"{label[: room - 1]}…"
+        axes.text((x + to_x) / 2, (y + to_y) / 2 - 0.08, label, fontsize=7.5, ha="center", color=NOTE)
+    elif to_x <= MARGIN + 0.01 and to_y > y:
+        between = target[1] - BAND / 2
+        _arrow(axes, [(x, y), (x + 0.15, y), (x + 0.15, between), (0.06, between), (0.06, to_y), (to_x, to_y)], MUTED)
+    else:
+        up, down, above = source[0] + CARD[0] / 2, target[0] + CARD[0] / 2, target[1] - 0.17
+        _arrow(axes, [(up, source[1]), (up, above), (down, above), (down, target[1])], MUTED)

@@ -33,8 +33,8 @@ class Cost:
         parameters: numbers in the weights, tied ones once; running statistics are none.
         flops: multiplications and additions that the traced forward does with the weights (attention scores are
             not among them); None if the graph does not know.
-        key_value_elements: numbers that one token leaves in the key/value cache of a decoder, all attentions
-            together; None if there is no attention or its keys cannot be told from its queries.
+        key_value_elements: rows of keys and values, all attentions together: in a decoder what one token leaves in
+            the key/value cache. None if there is no attention, or its keys cannot be told from its queries.
     """
 
     parameters: int
@@ -169,24 +169,27 @@ def _shapes(graph: ModelGraph, parameter: str, gone: Gone) -> list[tuple[str, tu
 
 
 def _key_value_elements(graph: ModelGraph, removed: Mapping[str, int]) -> int | None:
-    """Rows of keys and values that are left, over all attentions; None if they cannot be counted."""
+    """Rows of keys and values that are left, over all attentions; None if they cannot be told from other rows."""
     groups = {group.id: group for group in graph.groups}
-    values = [group for group in graph.groups if group.kind == "attention-vo"]
-    total = 0
-    for group in values:
+    per_channel: dict[str, int] = {}
+    for group in graph.groups:
+        if group.kind != "attention-vo":
+            continue
         value_rows = sum(_widths(graph, group, "row").values())
         columns = max(_widths(graph, group, "column").values(), default=0)
         keys = [groups[name] for name in group.partners if name in groups and groups[name].kind == "attention-qk"]
         if not keys or not value_rows or not columns or columns % value_rows:
             return None
         repeat = columns // value_rows  # query heads that share a key/value head
-        total += value_rows * (group.size - removed.get(group.id, 0))
+        per_channel[group.id] = value_rows
         for partner in keys:
-            rows = sum(_widths(graph, partner, "row").values())  # of one key, and of the `repeat` queries it meets
-            if rows % (repeat + 1):
+            key_rows = 2 if partner.rotary else 1
+            if sum(_widths(graph, partner, "row").values()) != key_rows * (repeat + 1):  # a key and its queries
                 return None
-            total += rows // (repeat + 1) * (partner.size - removed.get(partner.id, 0))
-    return total if values else None
+            per_channel[partner.id] = key_rows
+    if not per_channel:
+        return None
+    return sum(count * (groups[name].size - removed.get(name, 0)) for name, count in per_channel.items())
 
 
 def _widths(graph: ModelGraph, group: CouplingGroup, axis: str) -> dict[str, int]:

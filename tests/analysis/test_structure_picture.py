@@ -1,11 +1,17 @@
 """The picture of a block: everything that is in the block is in the picture."""
 
+import itertools
+
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
+from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rowscope import InputError, trace
 from rowscope.analysis.structure import block_picture, boxes, branches, structure_figure
+
+SIZES = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
 
 
 @pytest.fixture
@@ -63,3 +69,40 @@ def test_unknown_blocks_are_refused(graph, tmp_path):
     with pytest.raises(InputError, match="unknown block"):
         block_picture(graph, tmp_path / "x.png", "model.layers.7")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_nothing_covers_anything_else():
+    """Guards legibility: no two labels of a picture overlap, and none leaves it, also with long names and experts."""
+    mixture = MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
+    t5 = T5Config(vocab_size=50, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=4)
+    bert = BertConfig(**SIZES, num_attention_heads=4)
+    models = MixtralForCausalLM(mixture), T5ForConditionalGeneration(t5), BertModel(bert)
+    chain = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(9)))
+    graphs = [trace(model) for model in models] + [trace(chain, torch.zeros(1, 3, 4, 4))]
+    for graph in graphs:
+        figure = structure_figure(graph)
+        canvas = FigureCanvasAgg(figure)
+        boxes_of_text = [text.get_window_extent(canvas.get_renderer()) for text in figure.axes[0].texts]
+        for first, second in itertools.combinations(boxes_of_text, 2):
+            assert not first.overlaps(second)
+        for box in boxes_of_text:
+            assert figure.bbox.contains(*box.min)
+            assert figure.bbox.contains(*box.max)
+
+
+def test_one_expert_stands_for_all():
+    """Guards mixtures of experts: one expert with its own shape, and how many there are."""
+    mixture = MixtralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3)
+    text = words(structure_figure(trace(MixtralForCausalLM(mixture))))
+    assert "× 3 experts" in text
+    assert "40 × 24" in text
+    assert text.count("feed-forward channels") == 1
+
+
+def test_groups_of_one_kind_are_told_apart():
+    """Guards the legend: two attentions of one block are named, and boxes of one name within a branch too."""
+    t5 = T5Config(vocab_size=50, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=4)
+    text = words(structure_figure(trace(T5ForConditionalGeneration(t5)), "decoder.block.0"))
+    assert "value/output channels, 4 heads × 6 of layer.1.EncDecAttention.vo" in text
+    bert = words(structure_figure(trace(BertModel(BertConfig(**SIZES, num_attention_heads=4)))))
+    assert "output.dense" in bert

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DeepseekV3Config,
@@ -15,6 +16,7 @@ from transformers import (
 
 from rowscope import InputError, trace
 from rowscope.graph.savings import parse_removals, savings
+from rowscope.graph.statistics import statistics
 
 LAYERS = ("model.layers.0", "model.layers.1")
 
@@ -95,7 +97,7 @@ def test_heads_that_share_a_key_cannot_go():
         num_key_value_heads=4, first_k_dense_replace=1, **sizes,
     )  # fmt: skip
     graph = trace(DeepseekV3ForCausalLM(config))
-    with pytest.raises(InputError, match="no head of model.layers.0.self_attn.vo can go alone"):
+    with pytest.raises(InputError, match=r"no head of model\.layers\.0\.self_attn\.vo can go alone"):
         savings(graph, {"model.layers.0.self_attn.vo": range(6)})
 
 
@@ -130,3 +132,43 @@ def test_impossible_removals(graph, text, message):
     """Guards the one-line answers, before anything is computed."""
     with pytest.raises(InputError, match=message):
         savings(graph, parse_removals(graph, [text]))
+
+
+def kept_numbers(graph, removed):
+    """How many parameters are left, counted in masks of their shapes."""
+    masks = {
+        name: torch.ones(shape, dtype=torch.bool) for name, shape in graph.shapes.items() if "running" not in name
+    }
+    for name, channels in removed.items():
+        group = graph.group(name)
+        for member in (member for member in group.members if member.port.parameter in masks):
+            gone = {index for channel in channels for index in group.indices(member, channel)}
+            if member.shared:
+                staying = set(range(group.size)) - set(channels)
+                gone -= {index for channel in staying for index in group.indices(member, channel)}
+            mask, dim = masks[member.port.parameter], member.port.dim
+            if member.port.expert is not None:
+                mask, dim = mask[member.port.expert], dim - 1
+            mask.index_fill_(dim, torch.tensor(sorted(gone), dtype=torch.long), False)
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "GPT-2", "GPT-NeoX", "Qwen3-MoE", "T5", "CNN, residual", "CNN, flattened"])
+def test_numbers_are_those_of_masks(name):
+    """Guards every kind of layout (per-head norms, fused and 3-D weights, shared heads): each group by masks alone."""
+    architecture = ARCHITECTURES[name]
+    graph = trace(architecture.model(), None if architecture.is_transformer else architecture.inputs)
+    for group, found in zip(graph.groups, statistics(graph), strict=True):
+        total = kept_numbers(graph, {})
+        assert found.parameters == total - kept_numbers(graph, {group.id: range(group.size)})
+        assert found.parameters_per_channel == total - kept_numbers(graph, {group.id: [0]})
+        if group.heads != 1:
+            dry = savings(graph, {group.id: group.size // (group.heads or group.size)})
+            assert dry.after.parameters == kept_numbers(graph, dry.removed)
+
+
+def test_each_attention_has_one_cache():
+    """Guards heads that many layers share (T5's position bias), and no guess where other rows meet the keys."""
+    t5 = savings(trace(ARCHITECTURES["T5"].model()), {})
+    assert t5.before.key_value_elements == 6 * 2 * 4 * 12  # self-attention twice on both sides, cross-attention twice
+    assert savings(trace(ARCHITECTURES["DeBERTa-v2, classifier"].model()), {}).before.key_value_elements is None
