@@ -47,7 +47,7 @@ def print_graph(model: str, graph: ModelGraph) -> None:
     for block in folded(graph):
         if block.name:
             count = len(block.blocks)
-            rows.append([f"{block.name} ({count} identical)" if count > 1 else block.name, "", "", "", ""])
+            rows.append([f"{block.name} ({count} ×)" if count > 1 else block.name, "", "", "", ""])
         for line in block.groups:
             name = f"{'  ' if block.name else ''}{line.name}{f' ({line.times} ×)' if line.times > 1 else ''}"
             heads = f"{line.group.heads} heads × " if line.group.heads else ""

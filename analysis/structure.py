@@ -7,15 +7,12 @@ colour of the group that its indices belong to, so sides of one colour vanish to
 from __future__ import annotations
 
 import math
-import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import networkx
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,21 +20,20 @@ from matplotlib.patches import Polygon, Rectangle
 
 from ..errors import InputError, unknown_name
 from ..graph import CouplingGroup, Member, ModelGraph
-from ..graph.views import block_of, condensed, folded
-from .drawing import ACCENT, INK, MUTED, WARM, save, styled
+from ..graph.views import block_of, folded
+from .arrows import KINDS, LETTER, MARGIN, NOTE, PAPER, WIDTH, arrow, polyline
+from .boxes import Box, Branch, Side, branches
+from .cards import groups_figure
+from .drawing import ACCENT, INK, MUTED, save, styled
 
-WIDTH = 7.5
 LARGEST, FITTING, SMALLEST = 1.5, 0.8, 0.12  # the longest side of a box: at most, to fit a line, and of any box
 STRIP = 0.07  # thickness of a coloured side
-MARGIN = 0.15
 STREAM = 0.62  # right side of the residual stream
 GAP = 0.3
 FIRST = STREAM + 0.35  # left side of the first box
-LETTER, LINE = 0.068, 0.145  # width and height of a letter of 8 points
-LONGEST, LEGEND_LETTERS = 16, 84  # letters of a line of a label, and of the legend
+LINE = 0.145  # height of a line of 8 points
+LEGEND_LETTERS = 84  # of a line of the legend
 SAMPLES = 120  # places at which the colour of a side is asked
-PAPER, NOTE = "#f4f5f7", "#5b6168"
-KINDS = {"residual": ACCENT, "mlp": WARM, "attention-vo": "#2f8f6b", "attention-qk": "#8459a8"}
 OTHERS = ("#b8405e", "#a3862a", "#2f8f9d", "#7a5c4a", "#5d7a1f", "#c06fb0")
 BARE = "#c9cdd3"  # a side that belongs to no group
 
@@ -83,182 +79,6 @@ def _stream(graph: ModelGraph, block: str) -> CouplingGroup | None:
     ]
     most, group = max(found, key=lambda pair: pair[0], default=(0, None))
     return group if most else None
-
-
-# ---------------------------------------------------------------------------------------------- what is drawn
-
-
-@dataclass(frozen=True)
-class Side:
-    """Rows or columns of a weight: for each index the group it belongs to, and where one channel of each is."""
-
-    groups: tuple[str | None, ...]  # by index
-    marks: tuple[tuple[str, int], ...]  # (group, index) of one channel
-
-    @property
-    def size(self) -> int:
-        """How many indices."""
-        return len(self.groups)
-
-    @property
-    def ids(self) -> set[str]:
-        """The groups that have an index here."""
-        return {group for group in self.groups if group}
-
-
-@dataclass(frozen=True)
-class Box:
-    """A weight of the block, or one expert of it.
-
-    Attributes:
-        name: relative to the block.
-        label: its name in the picture, in lines.
-        notes: what stands under that: its shape, and how many experts there are.
-        rows, columns: its sides.
-        experts: how many there are of it; 1 unless it is an expert.
-    """
-
-    name: str
-    label: tuple[str, ...]
-    notes: tuple[str, ...]
-    rows: Side
-    columns: Side
-    experts: int = 1
-
-
-def boxes(graph: ModelGraph, block: str) -> list[Box]:
-    """The weight matrices of a block, in the order of the model; of several experts the first."""
-    found: dict[str, list[tuple[CouplingGroup, int]]] = {}
-    for group in graph.groups:
-        for number, member in enumerate(group.members):
-            found.setdefault(member.port.parameter, []).append((group, number))
-    names = [name for name, shape in graph.shapes.items() if name.startswith(f"{block}.") and len(shape) > 1]
-    return [_box(graph, name, name.removeprefix(f"{block}."), found.get(name, [])) for name in names]
-
-
-def _box(graph: ModelGraph, parameter: str, name: str, parts: Sequence[tuple[CouplingGroup, int]]) -> Box:
-    shape = graph.shapes[parameter]
-    members = [(group, group.members[number]) for group, number in parts]
-    experts = [member.port.expert for _, member in members if member.port.expert is not None]
-    axes = {member.port.dim: member.axis for _, member in members}
-    first = 1 if experts or (len(shape) == 3 and axes and set(axes) <= {1, 2}) else 0
-    row, column = _row_and_column(range(first, len(shape)), axes)
-    shown = [(group, m) for group, m in members if m.port.expert in (None, min(experts, default=0))]
-    rows, columns = (
-        _side(shape[dim], [(group, m.index.table) for group, m in shown if m.port.dim == dim]) for dim in (row, column)
-    )
-    kernel = [str(shape[dim]) for dim in range(first, len(shape)) if dim not in (row, column)]
-    size = f"{shape[row]} × {shape[column]}" + (f" × {'×'.join(kernel)}" if kernel else "")
-    count = shape[0] if first else 1
-    notes = (size, f"× {count} experts") if count > 1 else (size,)
-    return Box(name, _wrapped(name.removesuffix(".weight").rpartition(".")[2]), notes, rows, columns, count)
-
-
-def _row_and_column(dims: Sequence[int], axes: dict[int, str]) -> tuple[int, int]:
-    """The dims of rows and columns, where one of them may belong to no group."""
-    row = next((dim for dim in dims if axes.get(dim) == "row"), None)
-    column = next((dim for dim in dims if axes.get(dim) == "column" and dim != row), None)
-    row = next(dim for dim in dims if dim != column) if row is None else row
-    return row, next(dim for dim in dims if dim != row) if column is None else column
-
-
-def _wrapped(label: str) -> tuple[str, ...]:
-    """A name in lines, broken after a dot or an underscore."""
-    lines = [""]
-    for part in re.findall(r"[^._]*[._]?", label):
-        if lines[-1] and len(lines[-1] + part) > LONGEST:
-            lines.append("")
-        lines[-1] += part
-    return tuple(lines)
-
-
-def _side(size: int, members: Iterable[tuple[CouplingGroup, np.ndarray]]) -> Side:
-    owners: list[str | None] = [None] * size
-    marks = []
-    for group, table in members:
-        for index in table.reshape(-1).tolist():
-            owners[index] = group.id
-        marks += [(group.id, index) for index in table[len(table) // 3].tolist()]
-    return Side(tuple(owners), tuple(marks))
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Boxes that are connected to each other other than by the residual stream: an attention, a feed-forward part."""
-
-    title: str
-    boxes: tuple[Box, ...]
-
-
-def branches(graph: ModelGraph, block: str, stream: CouplingGroup) -> list[Branch]:
-    """The boxes of a block by branch, in the order of the model; those that write to the stream last."""
-    found = boxes(graph, block)
-    joined = networkx.Graph()
-    joined.add_nodes_from(range(len(found)))
-    kinds = {group.id: group.kind for group in graph.groups}
-    partners = {group.id: set(group.partners) for group in graph.groups}
-    for first, second in ((a, b) for b in range(len(found)) for a in range(b)):
-        one, other = (_inner(found[number], kinds) for number in (first, second))
-        if one & other or any(partners[group] & other or _siblings(group, other, kinds) for group in one):
-            joined.add_edge(first, second)
-    for number, box in enumerate(found):
-        if not _inner(box, kinds) and (near := _nearest(number, found)) is not None:
-            joined.add_edge(number, near)
-    parts = sorted(sorted(part) for part in networkx.connected_components(joined))
-    ordered = [sorted((found[n] for n in part), key=lambda box: stream.id in box.rows.ids) for part in parts]
-    return [Branch(_title(part, kinds), tuple(_labelled(part))) for part in ordered]
-
-
-def _labelled(part: Sequence[Box]) -> list[Box]:
-    """Boxes of one branch with labels that tell them apart."""
-    labels = _short_names([box.name.removesuffix(".weight") for box in part])
-    return [replace(box, label=_wrapped(label)) for box, label in zip(part, labels, strict=True)]
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each name, or as many as tell it from the others (``output.dense``)."""
-    for parts in range(1, 9):
-        short = [".".join(name.split(".")[-parts:]) for name in names]
-        if len(set(short)) == len(short) and not any(name.isdecimal() for name in short):
-            break
-    plain = [name.rpartition(".")[2] for name in names]
-    return [
-        last if plain.count(last) == 1 and not last.isdecimal() else name
-        for last, name in zip(plain, short, strict=True)
-    ]
-
-
-def _inner(box: Box, kinds: dict[str, str]) -> set[str]:
-    return {group for group in box.rows.ids | box.columns.ids if kinds[group] != "residual"}
-
-
-def _siblings(group: str, others: set[str], kinds: dict[str, str]) -> bool:
-    """Whether values and queries of one attention are among them: ``….self_attn.vo`` with ``….self_attn.qk``."""
-    stem = group.rpartition(".")[0]
-    return kinds[group].startswith("attention") and any(
-        kinds[other].startswith("attention") and other.rpartition(".")[0] == stem for other in others
-    )
-
-
-def _nearest(number: int, found: Sequence[Box]) -> int | None:
-    """The box whose name begins alike, for one that has no group of its own: a router goes with its experts."""
-    common = [len(_common([found[number].name, box.name])) for box in found]
-    common[number] = 0
-    best = max(range(len(found)), key=lambda other: common[other])
-    return best if common[best] else None
-
-
-def _common(names: Sequence[str]) -> list[str]:
-    parts = [name.removesuffix(".weight").split(".")[:-1] for name in names]
-    same = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
-    return parts[0][: same.index(False) if False in same else len(same)]
-
-
-def _title(part: Sequence[Box], kinds: dict[str, str]) -> str:
-    inner = {kinds[group] for box in part for group in _inner(box, kinds)}
-    word = "attention" if any(kind.startswith("attention") for kind in inner) else "feed-forward"
-    word = word if inner & {"mlp", *(kind for kind in inner if kind.startswith("attention"))} else ""
-    return " · ".join(filter(None, [word, ".".join(_common([box.name for box in part]))]))
 
 
 # ---------------------------------------------------------------------------------------------- a block
@@ -445,44 +265,27 @@ def _draw_links(axes: Axes, placed: Sequence[Placed], y: float, palette: Palette
             continue
         ends = [p.right - STRIP / 2 for p in sources] + [p.middle for p in targets]
         if sources:
-            _path(axes, [(min(ends), y), (max(ends), y)], colour)
+            polyline(axes, [(min(ends), y), (max(ends), y)], colour)
         for p in sources:
-            _path(axes, [(p.right - STRIP / 2, y), (p.right - STRIP / 2, p.y)], colour)
+            polyline(axes, [(p.right - STRIP / 2, y), (p.right - STRIP / 2, p.y)], colour)
         for p in targets:
-            _arrow(axes, [(p.middle, y), (p.middle, p.top)], colour)
+            arrow(axes, [(p.middle, y), (p.middle, p.top)], colour)
 
 
 def _draw_reads(axes: Axes, readers: Sequence[Placed], y: float) -> None:
     """From the stream, above everything else, down to each reader."""
     for p in readers:
-        _path(axes, [(p.middle, y + 0.08), (p.middle, p.top - 0.1)], "white", width=4.5)  # what it crosses is below
-        _arrow(axes, [(p.middle, y), (p.middle, p.top)], ACCENT)
+        polyline(axes, [(p.middle, y + 0.08), (p.middle, p.top - 0.1)], "white", width=4.5)  # what it crosses is below
+        arrow(axes, [(p.middle, y), (p.middle, p.top)], ACCENT)
     if readers:
-        _path(axes, [(STREAM, y), (max(p.middle for p in readers), y)], ACCENT)
+        polyline(axes, [(STREAM, y), (max(p.middle for p in readers), y)], ACCENT)
 
 
 def _draw_writes(axes: Axes, writers: Sequence[Placed], y: float) -> None:
     """From each writer, below everything else, back to the stream."""
     for p in writers:
         start, beside = p.y + p.height / 2, max(p.right, p.middle + _label_width(p.box) / 2) + 0.12
-        _arrow(axes, [(p.right, start), (beside, start), (beside, y), (STREAM, y)], ACCENT)
-
-
-def _path(axes: Axes, points: Sequence[tuple[float, float]], colour: str, width: float = 1.3) -> None:
-    cap: Literal["butt", "projecting"] = "butt" if colour == "white" else "projecting"
-    axes.plot(*zip(*points, strict=True), color=colour, lw=width, solid_capstyle=cap, solid_joinstyle="miter")
-
-
-def _arrow(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
-    """A line round corners with a head at its end."""
-    (x, y), (from_x, from_y) = points[-1], points[-2]
-    length, half = 0.1, 0.045
-    unit = math.hypot(x - from_x, y - from_y)
-    along, across = ((x - from_x) / unit, (y - from_y) / unit), ((from_y - y) / unit, (x - from_x) / unit)
-    back = (x - length * along[0], y - length * along[1])
-    head = [(x, y), *((back[0] + side * across[0], back[1] + side * across[1]) for side in (half, -half))]
-    _path(axes, [*points[:-1], back], colour)
-    axes.add_patch(Polygon(head, fc=colour, lw=0, zorder=2.5))
+        arrow(axes, [(p.right, start), (beside, start), (beside, y), (STREAM, y)], ACCENT)
 
 
 def _draw_stream(axes: Axes, stream: CouplingGroup, top: float, bottom: float) -> None:
@@ -552,87 +355,3 @@ def _draw_legend(axes: Axes, legend: Sequence[tuple[str, str]], y: float) -> flo
         axes.text(MARGIN, y + 0.03, line, va="center", fontsize=8, color=NOTE)
         y += 0.17
     return y
-
-
-# ---------------------------------------------------------------------------------------------- groups
-
-
-MOST_GROUPS = 60
-CARD, BETWEEN, BAND = (1.2, 0.5), 0.82, 0.55  # a card; the gap beside it; the gap below the cards of a band
-ACROSS = 1 + int((WIDTH - 2 * MARGIN - CARD[0]) // (CARD[0] + BETWEEN))  # cards beside each other
-
-
-@styled
-def groups_figure(graph: ModelGraph) -> Figure:
-    """Groups as cards from left to right, in the order of the model; arrows are the weights between them.
-
-    Raises:
-        InputError: if there are too many to be read.
-    """
-    view = condensed(graph)
-    if len(view) > MOST_GROUPS:
-        raise InputError(f"the model has {len(view)} groups and no blocks: draw it with --format graphml")
-    places, bottom = _card_places(view)
-    figure = Figure(figsize=(WIDTH, bottom + 0.3))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(bottom + 0.3, 0))
-    axes.axis("off")
-    axes.text(MARGIN, 0.27, f"{len(view)} coupled groups", fontsize=11, va="center", weight="bold")
-    for source, target, names in view.edges(data="parameters"):
-        _card_arrow(axes, places[source], places[target], [name.removesuffix(".weight") for name in names])
-    for group, place in places.items():
-        _card(axes, place, group, view.nodes[group])
-    explained = (
-        "A card is a group of channels that exist or vanish together; an arrow is a weight from one to the next."
-    )
-    axes.text(MARGIN, bottom, explained, fontsize=8, va="center", color=NOTE)
-    figure.set_label(f"Diagram: {len(view)} coupled groups, joined by the weights that lead from one to the next.")
-    return figure
-
-
-def _card_places(view: networkx.DiGraph) -> tuple[dict[str, tuple[float, float]], float]:
-    """Left upper corner of each group's card, and where they end. A group stands right of all that come before it in
-    the model and lead to it; where a line is full, the next begins below."""
-    levels: dict[str, int] = {}
-    for group in view:
-        levels[group] = 1 + max(
-            (levels[before] for before in view.predecessors(group) if before in levels), default=-1
-        )
-    places, y = {}, 0.75
-    for first in range(0, 1 + max(levels.values()), ACROSS):
-        columns = [[g for g in view if levels[g] == level] for level in range(first, first + ACROSS)]
-        for column, groups in enumerate(columns):
-            for row, group in enumerate(groups):
-                places[group] = (MARGIN + column * (CARD[0] + BETWEEN), y + row * (CARD[1] + 0.25))
-        y += max(map(len, columns)) * (CARD[1] + 0.25) - 0.25 + BAND
-    return places, y
-
-
-def _card(axes: Axes, place: tuple[float, float], name: str, group: dict[str, Any]) -> None:
-    axes.add_patch(Rectangle(place, *CARD, fc=PAPER, ec=KINDS.get(group["kind"], MUTED), lw=1.3, zorder=3))
-    letters = int((CARD[0] - 0.1) / LETTER)
-    short = name if len(name) <= letters else f"…{name[1 - letters :]}"
-    axes.text(place[0] + 0.07, place[1] + 0.16, short, fontsize=8, va="center", zorder=4)
-    text = f"{group['size']} channels"
-    axes.text(place[0] + 0.07, place[1] + 0.36, text, fontsize=7.5, va="center", color=NOTE, zorder=4)
-
-
-def _card_arrow(axes: Axes, source: tuple[float, float], target: tuple[float, float], names: Sequence[str]) -> None:
-    """Straight to a card further right, with the weight's name to the next; to a lower line between the lines; to one
-    further left or beyond the next (a shortcut) above the cards."""
-    (x, y), (to_x, to_y) = (source[0] + CARD[0], source[1] + CARD[1] / 2), (target[0], target[1] + CARD[1] / 2)
-    if source == target:
-        return
-    if to_x > x and abs(to_x - x - BETWEEN) < 0.01:
-        _arrow(axes, [(x, y), (to_x, to_y)], MUTED)
-        last = re.search(r"[^.]*(\.\d+)*$", names[0])
-        label = (last[0] if last else names[0]) + (f" + {len(names) - 1}" if len(names) > 1 else "")
-        room = int((BETWEEN - 0.1) / LETTER)
-        label = label if len(label) <= room else f"{label[: room - 1]}…"
-        axes.text((x + to_x) / 2, (y + to_y) / 2 - 0.08, label, fontsize=7.5, ha="center", color=NOTE)
-    elif to_x <= MARGIN + 0.01 and to_y > y:
-        between = target[1] - BAND / 2
-        _arrow(axes, [(x, y), (x + 0.15, y), (x + 0.15, between), (0.06, between), (0.06, to_y), (to_x, to_y)], MUTED)
-    else:
-        up, down, above = source[0] + CARD[0] / 2, target[0] + CARD[0] / 2, target[1] - 0.17
-        _arrow(axes, [(up, source[1]), (up, above), (down, above), (down, target[1])], MUTED)

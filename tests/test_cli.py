@@ -74,7 +74,7 @@ def test_graph_needs_no_weights(capsys, tmp_path):
     saved = run_ok(capsys, "graph", str(source), "--remove", "model.layers.*.mlp=128")
     assert saved["before"]["parameters"] - saved["after"]["parameters"] == 8 * 3 * 128 * 192
     assert run("graph", str(source)) == 0
-    assert "model.layers.0-7 (8 identical)" in " ".join(capsys.readouterr().out.split())
+    assert "model.layers.0-7 (8 ×)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_chain_by_commands(capsys, tmp_path):

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rowscope import InputError, trace
-from rowscope.analysis.structure import block_picture, boxes, branches, structure_figure
+from rowscope.analysis.boxes import boxes, branches
+from rowscope.analysis.structure import block_picture, structure_figure
 
 SIZES = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
 
