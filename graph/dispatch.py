@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .labels import Entry, Ids, Labels, Untraceable, compressed, core, vary_along, varying
+from .labels import MAX_LABELS, Entry, Ids, Labels, Untraceable, compressed, core, vary_along, varying
 from .rules import propagate
 from .structure import Port
 
@@ -29,8 +29,8 @@ class LabelTrace(TorchDispatchMode):
 
     Attributes:
         labels: all labels, what is united, and their marks: ``row`` where a weight writes, ``column`` where it reads,
-            ``consumed`` by a sum over channels, ``fixed`` in a softmax or a ranking, ``added`` to others,
-            ``activated`` by a nonlinearity, ``convolved``.
+            ``written`` by one, ``consumed`` by a sum over channels, ``reduced`` by a norm or another reduction,
+            ``fixed`` in a softmax or a ranking, ``added`` to others, ``activated`` by a nonlinearity, ``convolved``.
         bundles: pairs of (label of a head, labels that a product summed up into it).
         gates: pairs of (label, labels of the wider tensor that it multiplies or adds to).
         splits: pairs of (label of a part, labels in it) where a view cuts channels into equal parts.
@@ -52,7 +52,10 @@ class LabelTrace(TorchDispatchMode):
         self._entries: Any = WeakTensorKeyDictionary()
         tensors = labelled_tensors(model)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
-        self.labels.reserve(sum(sum(tensor.shape) for _, tensor in tensors))
+        indices = sum(sum(tensor.shape) for _, tensor in tensors)
+        if indices > MAX_LABELS:
+            raise Untraceable(f"its weights have {indices:,} rows, columns and other indices, which is too many")
+        self.labels.reserve(indices)
         for name, tensor in tensors:
             fields = []
             for dim, size in enumerate(tensor.shape):
@@ -80,10 +83,17 @@ class LabelTrace(TorchDispatchMode):
         self.used.update(found.weights)
         return found
 
-    def set(self, tensor: Tensor, fields: Iterable[Tensor], static: bool = False, weights: Iterable[str] = ()) -> None:
-        """Let `tensor` carry `fields`, each of its shape."""
+    def set(self, tensor: Tensor, fields: Iterable[Tensor], like: Entry | None = None, merged: bool = False) -> None:
+        """Let `tensor` carry `fields`, each of its shape; made of weights as `like` is."""
         kept = tuple(map(compressed, fields)) if tensor.numel() else ()
-        self._entries[tensor] = Entry(kept, static, frozenset(weights))
+        like = like or Entry(())
+        self._entries[tensor] = Entry(kept, like.static, like.weights, like.merged or merged)
+
+    def unknown(self, shape: Sequence[int], dim: int) -> Tensor:
+        """A field of new labels along `dim` that cannot vanish: for channels whose order is not known any more."""
+        field = vary_along(self.labels.new(shape[dim]), shape, dim)
+        self.mark("fixed", field)
+        return field
 
     def standing(self, field: Tensor) -> Tensor:
         """The field with one label per class: it varies only where classes differ."""
@@ -184,15 +194,12 @@ class ListIndices(TorchFunctionMode):
 
 
 def labelled_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters (tied ones once) and running statistics by name."""
-    statistics = [
-        (f"{name}.{statistic}", buffer)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        for statistic, buffer in module.named_buffers(recurse=False)
-        if buffer.ndim
+    """Parameters (tied ones once) and what is kept per channel beside them (running statistics), by name."""
+    saved = model.state_dict(keep_vars=True)
+    buffers = [
+        (name, b) for name, b in model.named_buffers() if name in saved and b.ndim == 1 and b.is_floating_point()
     ]
-    return [*model.named_parameters(), *statistics]
+    return [*model.named_parameters(), *buffers]
 
 
 def _filled(field: Tensor, other: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Classes:
     Attributes:
         of_label: label -> class.
         ports: port -> its labels, in the order of the model's parameters.
-        columns: whether a label is read by its weight (it writes otherwise).
+        rows, columns: whether a label is written, or read, by its weight.
         heads: pairs (class of an attention head, class of a channel that makes its scores).
         values: pairs (class of an attention head, class of a channel that it weighs).
         served: pairs (class of weights alone that serve many channels, class of such a channel).
@@ -34,6 +34,7 @@ class Classes:
 
     of_label: Ids
     ports: dict[Port, slice]
+    rows: NDArray[np.bool_]
     columns: NDArray[np.bool_]
     heads: NDArray[np.int64]
     values: NDArray[np.int64]
@@ -61,11 +62,13 @@ def coupled_groups(
         size = len(group_members[0].index.table)
         groups.append(CouplingGroup("", kinds[number], size, tuple(group_members), heads.get(number), ties=tied))
     named = names(groups, blocks)
+    reduced = _groups_of(classes, np.flatnonzero(_marked(trace, classes, "reduced")))
     finished = []
     for number, group in enumerate(groups):
         same_heads = tuple(named[partner] for partner in partners[number])
         rotary = _is_rotary(group, [groups[partner] for partner in partners[number]], trace.shapes)
-        finished.append(replace(group, id=named[number], partners=same_heads, rotary=rotary))
+        is_reduced = number in reduced
+        finished.append(replace(group, id=named[number], partners=same_heads, rotary=rotary, reduced=is_reduced))
     return tuple(itertools.chain.from_iterable(_experts(group, trace) for group in finished))
 
 
@@ -77,14 +80,14 @@ def _classes(trace: LabelTrace) -> Classes:
     count = int(of_label.max(initial=0)) + 1
     ports = {port: slice(first, first + size) for first, (port, size) in trace.labels.ports.items()}
     marks = {}
-    for mark in ("row", "consumed", "fixed"):
+    for mark in ("row", "written", "consumed", "fixed"):
         marks[mark] = np.zeros(count, dtype=np.bool_)
         marks[mark][of_label[trace.labels.marked(mark)]] = True
         marks[mark][of_label[0]] = False
     heads = _pairs(of_label, trace.bundles)
     is_head = np.zeros(count, dtype=np.bool_)
     is_head[heads[:, 0]] = True
-    channel = marks["row"] & (marks["consumed"] | is_head) & ~marks["fixed"]
+    channel = (marks["row"] | marks["written"]) & (marks["consumed"] | is_head) & ~marks["fixed"]
     signature = np.zeros(count, dtype=np.uint64)
     lots = np.random.default_rng(0).integers(1, 2**63, size=len(ports), dtype=np.uint64)
     for lot, labels in zip(lots, ports.values(), strict=True):
@@ -100,6 +103,7 @@ def _classes(trace: LabelTrace) -> Classes:
     return Classes(
         of_label=of_label,
         ports=ports,
+        rows=trace.labels.marked("row"),
         columns=trace.labels.marked("column"),
         heads=heads,
         values=gates[serves],
@@ -130,7 +134,7 @@ def _members(classes: Classes) -> list[list[Member]]:
     for port, labels in classes.ports.items():
         of_index = classes.of_label[labels]
         groups = classes.group[of_index]
-        axis = "column" if bool(classes.columns[labels].any()) else "row"
+        axis = _axis(classes, port, labels)
         for number in np.unique(groups[groups >= 0]):
             indices = np.flatnonzero(groups == number)
             order = np.argsort(channel[of_index[indices]], kind="stable")
@@ -140,6 +144,13 @@ def _members(classes: Classes) -> list[list[Member]]:
     for number, shared in _shared_members(classes, channel).items():
         members[number] += shared
     return members
+
+
+def _axis(classes: Classes, port: Port, labels: slice) -> str:
+    """What the forward says of a port; of a weight that was merged with others, what its dim says."""
+    if classes.columns[labels].any():
+        return "column"
+    return "row" if classes.rows[labels].any() or port.dim == 0 else "column"
 
 
 def _channel_numbers(classes: Classes) -> NDArray[np.int64]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from .structure import Port
 
 Ids = NDArray[np.int32]
+MAX_LABELS = 2**27
+"""As many rows, columns and other indices as a trace takes on; a 405B has 6e7."""
 MAX_ELEMENTS = 2**27
 """A field that no view can express is copied; beyond this many elements the trace is refused."""
 
@@ -80,6 +82,12 @@ class Labels:
             first, second = low[open_], high[open_]
             np.minimum.at(self._parent, second, first)
 
+    def dim_of(self, label: int) -> int:
+        """The dim of the weight that a label was made for; -1 if it was made for none."""
+        first = max((start for start in self.ports if start <= label), default=0)
+        port, size = self.ports.get(first, (None, 0))
+        return port.dim if port is not None and label < first + size else -1
+
     def mark(self, mark: str, ids: Ids) -> None:
         """Mark labels, e.g. as ``consumed``."""
         flags = self._marks.get(mark)
@@ -115,13 +123,15 @@ class Entry:
 
     Attributes:
         fields: int32, each of the tensor's shape.
-        static: whether it is made of weights alone: a weight, a view of it, a product of two.
+        static: whether it is a weight, a view of it, or several element by element.
         weights: names of the weights of a static tensor.
+        merged: whether it is made of weights by a product (a low-rank update), which may be used as a weight.
     """
 
     fields: tuple[Tensor, ...]
     static: bool = False
     weights: frozenset[str] = frozenset()
+    merged: bool = False
 
 
 def varying(field: Tensor) -> frozenset[int]:

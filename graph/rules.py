@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .labels import Entry, Untraceable, compressed, first_of, reshaped, vary_along, varying
+from .labels import Entry, Untraceable, compressed, core, first_of, reshaped, vary_along, varying
 
 if TYPE_CHECKING:
     from .dispatch import LabelTrace
 
 Rule = Callable[["LabelTrace", Any, Any, Any, Any], None]
 RULES: dict[str, Rule] = {}
+SUMS = {"sum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm"}
+"""Reductions to which a channel of zeros adds nothing, but for the number of channels."""
 ACTIVATIONS = {
     "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu", "relu6", "selu", "sigmoid",
     "silu", "softplus", "tanh", "_prelu_kernel",
@@ -58,7 +60,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def _keep(trace: LabelTrace, source: Entry, out: Tensor, fields: Iterable[Tensor]) -> None:
-    trace.set(out, fields, source.static, source.weights)
+    trace.set(out, fields, source)
 
 
 # ---------------------------------------------------------------------------------------------- same elements
@@ -110,7 +112,7 @@ def restrided(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor)
 
 @rule(
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
-    "new_full", "new_empty", "new_empty_strided", "argmax", "argmin", "bernoulli", "fill", "zero", "isin",
+    "new_full", "new_empty", "new_empty_strided", "bernoulli", "fill", "zero", "isin",
     "bucketize", "searchsorted",
 )  # fmt: skip
 def nothing(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -122,7 +124,7 @@ def copied(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
     """Writing a whole tensor, or a part of one in place."""
     source = trace.entry(args[1])
     fields = [field.expand(out.shape) for field in source.fields]
-    trace.set(out, fields, source.static, source.weights)
+    trace.set(out, fields, source)
     if not out._is_view() or out._base is None:
         return
     base, known = out._base, trace.entry(out._base).fields
@@ -132,6 +134,18 @@ def copied(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) ->
     part = whole.as_strided(out.shape, out.stride(), out.storage_offset() - base.storage_offset())
     part.copy_(fields[0] if fields else torch.zeros((), dtype=torch.int32))
     trace.set(base, [whole])
+
+
+@rule("glu")
+def gated_halves(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """One half gates the other."""
+    source = trace.entry(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % out.ndim
+    halves = [field.chunk(2, dim) for field in source.fields]
+    for first, second in halves:
+        trace.unite(first, second)
+        trace.mark("activated", first)
+    _keep(trace, source, out, [first for first, _ in halves])
 
 
 @rule("view_as_complex")
@@ -183,17 +197,21 @@ def _join(trace: LabelTrace, out: Tensor, parts: Iterable[tuple[Tensor, Entry]])
     if joined:
         channels = [varying(field) for field in joined]
         static = [[field for field in part if any(varying(field) <= dims for dims in channels)] for part in static]
-    for field in itertools.chain.from_iterable(static):
-        trace.mark("row", field)
     is_static = bool(labelled) and not dynamic
+    of_weights = all(entry.static or entry.merged for _, entry in labelled)
+    for field in itertools.chain.from_iterable(static):
+        trace.mark("written" if of_weights else "row", field)
     weights = frozenset().union(*(entry.weights for _, entry in labelled)) if is_static else frozenset()
-    trace.set(out, trace.joined([joined, *static] if joined else static), is_static, weights)
+    like = Entry((), is_static, weights, merged=of_weights and not is_static)
+    trace.set(out, trace.joined([joined, *static] if joined else static), like)
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "_weight_norm_interface")
 def layer_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Each channel is scaled and shifted by its own weight and bias."""
     result = out if isinstance(out, Tensor) else out[0]
+    for field in trace.entry(args[0]).fields:
+        trace.mark("reduced", field)
     _join(trace, result, [(t, trace.entry(t)) for t in args if isinstance(t, Tensor)])
 
 
@@ -218,6 +236,7 @@ def group_norm(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -
     batch_norm(trace, func, args[:3], kwargs, out)
     groups = args[7] if len(args) > 7 else kwargs["group"]
     for field in trace.entry(out[0]).fields:
+        trace.mark("reduced", field)
         if groups > 1 and 1 in varying(field):
             parts = field.unflatten(1, (groups, -1))
             trace.unite(parts, parts[:, :1].expand(parts.shape))
@@ -272,12 +291,17 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
         if entry.static:
             trace.flops.update({w: trace.flops.get(w, 0) + 2 * math.prod(space) for w in entry.weights})
     (summed_a, kept_a), (summed_b, kept_b) = both
+    of_weights = (entry_a.static or entry_a.merged) and (entry_b.static or entry_b.merged)
+    merged = of_weights and not _is_table(trace, summed_a, summed_b)
+    if of_weights and not merged:
+        kept_a = []  # its positions are no channels
     for entry, summed, kept in ((entry_a, summed_a, kept_a), (entry_b, summed_b, kept_b)):
-        is_data = entry is entry_a and entry_b.static  # a table of positions, read by a weight
-        for field in summed if entry.static else ():
-            trace.mark("row" if is_data else "column", field)
-        for field in kept if entry.static else ():
-            trace.mark("row", field)
+        for field in summed if entry.static or entry.merged else ():
+            trace.mark("written" if of_weights or entry.merged else "column", field)
+        for field in kept if entry.static or entry.merged else ():
+            trace.mark("written" if of_weights or entry.merged else "row", field)
+    if entry_b.static and not merged and out.shape[-1] > 1 and not any(last - 1 in varying(f) for f in kept_b):
+        kept_b = [*kept_b, trace.unknown(space, last - 1)]  # a weight whose rows were picked or sorted
     trace.matched(summed_a, summed_b)
     summed = [*summed_a, *summed_b]
     for field in summed:
@@ -285,7 +309,17 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
     kept = trace.joined([[field.select(last, 0) for field in fields] for fields in (kept_a, kept_b)])
     if not kept and summed_a and summed_b:
         kept = [_bundled(trace, summed, last).select(last, 0)]
-    trace.set(out, kept)
+    trace.set(out, kept, merged=merged)
+
+
+def _is_table(trace: LabelTrace, summed_a: list[Tensor], summed_b: list[Tensor]) -> bool:
+    """Whether a product of two weights reads the first as data: learned queries, or a table of positions.
+
+    A linear layer sums over the second dim of its weight, a low-rank update over the first of its right factor.
+    """
+    if not summed_a or not summed_b:
+        return False
+    return trace.labels.dim_of(int(summed_b[0][core(summed_b[0])].reshape(-1)[0])) > 0
 
 
 def _bundled(trace: LabelTrace, summed: list[Tensor], last: int) -> Tensor:
@@ -381,6 +415,8 @@ def index(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     for field in fields:
         rest = field[tuple(0 if dim in picked else slice(None) for dim in range(field.ndim))]
         shaped.append(rest[(slice(None),) * at + (None,) * new_dims].expand(out.shape))
+    if new_dims == len(picked) == 1:
+        shaped += _disordered(trace, source, at, out)
     _keep(trace, source, out, shaped)
 
 
@@ -393,8 +429,8 @@ def picked_along(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any)
     dim = args[position] if len(args) > position and not isinstance(args[position], Tensor) else kwargs.get("dim", -1)
     dim %= max(args[0].ndim, 1)
     result = out if isinstance(out, Tensor) else out[0]
-    fields = _without(trace, source, [dim])
-    _keep(trace, source, result, [first_of(field, [dim], result.shape) for field in fields])
+    fields = [first_of(field, [dim], result.shape) for field in _without(trace, source, [dim])]
+    _keep(trace, source, result, [*fields, *_disordered(trace, source, dim, result)])
 
 
 def _without(trace: LabelTrace, source: Entry, dims: Iterable[int]) -> list[Tensor]:
@@ -406,6 +442,12 @@ def _without(trace: LabelTrace, source: Entry, dims: Iterable[int]) -> list[Tens
         elif not source.static:
             trace.mark("fixed", field)
     return kept
+
+
+def _disordered(trace: LabelTrace, source: Entry, dim: int, out: Tensor) -> list[Tensor]:
+    """A field that says of `out` that its channels along `dim` cannot vanish, where the source's were picked from."""
+    picked = any(dim in varying(field) for field in source.fields) and not source.static
+    return [trace.unknown(out.shape, dim)] if picked and out.ndim > dim and out.shape[dim] > 1 else []
 
 
 @rule("index_add", "scatter", "scatter_add", "index_copy", "scatter_reduce")
@@ -444,12 +486,16 @@ def cat(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     entries = [trace.entry(tensor) for tensor in tensors]
     for field in itertools.chain.from_iterable(entry.fields for entry in entries if entry.static):
         trace.mark("row", field)
-    along = [[field for field in entry.fields if dim in varying(field)] for entry in entries]
-    if any(along):
+    leading = [entry for entry in entries if entry.fields and not entry.static] or entries  # positions are no channels
+    if any(dim in varying(field) for entry in leading for field in entry.fields):
         trace.set(out, [torch.cat([_piece(*part) for part in zip(tensors, entries, strict=True)], dim)])
     else:
         parts = zip(tensors, entries, strict=True)
-        across = [[first_of(f, [dim], out.shape) for f in entry.fields] for tensor, entry in parts if tensor.numel()]
+        across = [
+            [first_of(field, [dim], out.shape) for field in entry.fields if dim not in varying(field)]
+            for tensor, entry in parts
+            if tensor.numel()
+        ]
         trace.set(out, trace.joined(across))
 
 
@@ -473,6 +519,13 @@ def stack(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
 
 
 # ---------------------------------------------------------------------------------------------- along a dim
+
+
+@rule("argmax", "argmin")
+def ranked(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Which channel is largest cannot be said without all of them."""
+    for field in trace.entry(args[0]).fields:
+        trace.mark("fixed", field)
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
@@ -508,8 +561,8 @@ def reduced(trace: LabelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> N
                 index = tuple(0 if dim in gone else slice(None) for dim in range(field.ndim))
                 keepdim = result.ndim == field.ndim
                 fields.append(first_of(field, gone, result.shape) if keepdim else field[index])
-            elif name in ("amax", "amin", "max", "min", "prod") and not source.static:
-                trace.mark("fixed", field)
+            elif not source.static:
+                trace.mark("reduced" if name in SUMS else "fixed", field)
         _keep(trace, source, result, fields)
 
 

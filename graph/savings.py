@@ -79,7 +79,7 @@ def savings(graph: ModelGraph, removals: Removals) -> Savings:
         merge(gone, vanishing(graph, groups[name], channels))
     kept = {name: remaining(graph.shapes[name], lost) for name, lost in gone.items()}
     parameters, flops = total_parameters(graph), sum(graph.flops.values())
-    lost_parameters = sum(math.prod(graph.shapes[name]) - kept[name] for name in kept if not is_statistic(name))
+    lost_parameters = sum(math.prod(graph.shapes[name]) - kept[name] for name in kept if name not in graph.buffers)
     lost_flops = sum(
         count - round(count * kept[name] / math.prod(graph.shapes[name]))
         for name, count in graph.flops.items()
@@ -99,14 +99,9 @@ def savings(graph: ModelGraph, removals: Removals) -> Savings:
 # ---------------------------------------------------------------------------------------------- arithmetic
 
 
-def is_statistic(name: str) -> bool:
-    """Whether a name of ``ModelGraph.shapes`` is a running statistic of a normalisation, which is no parameter."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
-
-
 def total_parameters(graph: ModelGraph) -> int:
     """Number of parameters of the model, tied ones once, running statistics not."""
-    return sum(math.prod(shape) for name, shape in graph.shapes.items() if not is_statistic(name))
+    return sum(math.prod(shape) for name, shape in graph.shapes.items() if name not in graph.buffers)
 
 
 def vanishing(

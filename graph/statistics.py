@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .savings import is_statistic, remaining, total_parameters, vanishing
+from .savings import remaining, total_parameters, vanishing
 from .structure import CouplingGroup, Member, ModelGraph
 
 
@@ -54,7 +54,7 @@ def _lost(graph: ModelGraph, group: CouplingGroup, channels: np.ndarray | slice)
     return sum(
         math.prod(graph.shapes[name]) - remaining(graph.shapes[name], lost)
         for name, lost in gone.items()
-        if not is_statistic(name)
+        if name not in graph.buffers
     )
 
 

@@ -76,6 +76,8 @@ class CouplingGroup:
             another number of heads (a rotary key that serves all heads of latent attention), no head can go alone.
         rotary: each channel is a pair of rows that the rotary embedding turns; as its angles serve all heads, a pair
             goes in every head or in none.
+        reduced: a norm, or another sum over all channels, reads the group beside its columns: to mask a channel is to
+            zero what writes it, and removing it changes the number that means are taken over.
         ties: sets of names under which the model knows one and the same parameter.
     """
 
@@ -86,6 +88,7 @@ class CouplingGroup:
     heads: int | None = None
     partners: tuple[str, ...] = ()
     rotary: bool = False
+    reduced: bool = False
     ties: tuple[tuple[str, ...], ...] = ()
 
     def indices(self, member: Member, channel: int) -> tuple[int, ...]:
@@ -112,6 +115,7 @@ class CouplingGroup:
             "heads": self.heads,
             "partners": list(self.partners) or None,
             "rotary": self.rotary or None,
+            "reduced": self.reduced or None,
             "ties": [list(names) for names in self.ties] or None,
         }
         constraints = {key: value for key, value in constraints.items() if value is not None}
@@ -140,6 +144,7 @@ class CouplingGroup:
             constraints.get("heads"),
             tuple(constraints.get("partners", ())),
             constraints.get("rotary", False),
+            constraints.get("reduced", False),
             tuple(tuple(names) for names in constraints.get("ties", ())),
         )
 
@@ -150,7 +155,8 @@ class ModelGraph:
 
     Attributes:
         groups: the coupled groups, in the model's order.
-        shapes: of every parameter (and running statistic) by name; tied ones once.
+        shapes: of every parameter by name, tied ones once; and of `buffers`.
+        buffers: names of what is kept per channel beside parameters, as running statistics are.
         flops: multiplications and additions that the traced forward does with each weight.
         inputs: shapes of the traced example inputs by name.
         blocks: names of the decoder/encoder blocks (or stages), in order.
@@ -165,6 +171,7 @@ class ModelGraph:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
     dataflow: networkx.DiGraph = field(default_factory=networkx.DiGraph, compare=False)
 
     def group(self, id: str) -> CouplingGroup:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from ..errors import InputError
+from ..watchdog import within
 from .backend import dataflow, dependency_graph, disagreement
 from .dispatch import LabelTrace, ListIndices
 from .grouping import coupled_groups
@@ -20,7 +21,6 @@ from .invariants import check
 from .labels import Untraceable
 from .skeleton import blocks, made_up, skeleton
 from .structure import ModelGraph
-from .watchdog import within
 
 TIME_LIMIT = 300.0
 """Seconds for one trace; a 70B needs a few."""
@@ -95,6 +95,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
         inputs=_shapes(inputs),
         blocks=tuple(stages),
         unreached=tuple(name for name, _ in bones.named_parameters() if name not in labels.used),
+        buffers=frozenset(labels.shapes) - {name for name, _ in bones.named_parameters()},
         dataflow=dataflow(backend),
     )
 
@@ -111,7 +112,9 @@ def _as_dict_or_tuple(inputs: Any) -> Mapping[str, Any] | tuple[Any, ...]:
 
 def _weightless(value: Any) -> Any:
     """Numbers as meta tensors; token ids and masks stay real, for models that branch on them."""
-    return value.detach().to("meta") if isinstance(value, Tensor) and value.is_floating_point() else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("meta") if value.is_floating_point() else value.detach().clone()
 
 
 def _shapes(inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, tuple[int, ...]]:

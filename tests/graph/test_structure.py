@@ -51,7 +51,9 @@ def test_constraints_and_experts_round_trip():
     """Guards what a group says beyond its indices."""
     norm = Member(Port("a.norm.weight", 0), "row", IndexMap([[0], [1], [0], [1]]), shared=True)
     expert = Member(Port("a.experts.down_proj", 2, expert=3), "column", IndexMap.identity(4))
-    group = CouplingGroup("a.qk", "attention-qk", 4, (norm, expert), 2, ("a.vo",), True, (("x.weight", "y.weight"),))
+    group = CouplingGroup(
+        "a.qk", "attention-qk", 4, (norm, expert), 2, ("a.vo",), True, True, (("x.weight", "y.weight"),)
+    )
     assert CouplingGroup.from_json(json.loads(json.dumps(group.to_json()))) == group
     assert expert.module == "a.experts.down_proj.3"
 

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import InputError
+from .errors import InputError
 
 Result = TypeVar("Result")
+GRACE = 10.0  # seconds
 
 
 class _TimeUp(BaseException):
@@ -37,6 +38,7 @@ def within(seconds: float, what: str, work: Callable[[], Result]) -> Result:
     finally:
         if worker.is_alive():  # over time, or the user interrupts
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
+            worker.join(GRACE)  # a thread that lives on when the program ends would abort it
     if worker.is_alive() or isinstance(outcome.get("error"), _TimeUp):
         raise InputError(f"{what} did not end within {seconds:g} seconds: it is not supported")
     if "error" in outcome:
