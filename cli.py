@@ -104,7 +104,7 @@ def graph(
         list[str] | None,
         typer.Option(
             metavar="GROUP=CHANNELS",
-            help="Show what removing channels would save, e.g. 'model.layers.*.mlp=512' or 'residual=0-63,70'.",
+            help="What removing channels would save: how many (residual=64) or which (model.layers.*.mlp=0-63,70).",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
@@ -593,6 +593,7 @@ def main(arguments: list[str] | None = None) -> None:
         status = app(arguments, prog_name=PROGRAM, standalone_mode=False)
         if status == INTERRUPTED:  # Typer has caught it
             raise KeyboardInterrupt
+        sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except InputError as error:
         _fail(str(error))
@@ -612,7 +613,8 @@ def main(arguments: list[str] | None = None) -> None:
         mend = "free some space" if error.errno in NO_SPACE else "check that the path exists and may be written"
         _fail(f"{error.strerror or error} ({error.filename or 'output'}): {mend}")
     except (KeyboardInterrupt, typer.Abort):
-        print(f"{PROGRAM}: interrupted; finetune and demo continue with --resume", file=sys.stderr)
+        resumable = {"finetune", "demo"} & set(sys.argv[1:] if arguments is None else arguments)
+        print(f"{PROGRAM}: interrupted{'; --resume continues' if resumable else ''}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

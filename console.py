@@ -28,12 +28,16 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.markup import escape
     from rich.table import Table
 
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1
+
     table = Table(box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    console = Console()
+    console = Screen()
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False, soft_wrap=True)
     console.print(table)
 
@@ -75,7 +79,7 @@ def print_savings(model: str, savings: Savings, as_json: bool) -> None:
         if before[name] is not None
     ]
     count = sum(map(len, savings.removed.values()))
-    title = f"{model} without {count:,} channels of {len(savings.removed)} groups (a dry run)"
+    title = f"{model} without {count:,} channels of {len(savings.removed)} groups (a dry run, partners included)"
     print_table(title, ["", "before", "after", "change"], rows)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .watchdog import within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 EDGE_BYTES = 4096
+BUILD_LIMIT = 120.0
+"""Seconds for building a model without weights; a 405B needs a few."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +171,8 @@ def empty(source: str) -> PreTrainedModel:
         InputError: if there is no such configuration, its architecture is not one of transformers' own, or no model
             can be built from it.
     """
-    import torch
     import transformers
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     transformers.logging.set_verbosity_error()
     path = _config_file(source)
@@ -177,20 +180,40 @@ def empty(source: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as many types as there are ways to get a configuration wrong
         raise InputError(f"{source} is no configuration of a known architecture ({_reason(error)})") from None
-    name = (getattr(config, "architectures", None) or [None])[0]
-    architecture = getattr(transformers, name, None) if name else None
-    if name and not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+    named = getattr(config, "architectures", None) or [None]
+    name = named[0] if isinstance(named, list) else named
+    architecture = getattr(transformers, str(name), None) if name else None
+    if name and not _is_model_class(architecture):
         raise InputError(f"{source} is a {name}, which transformers does not have: code of its own is not run")
     try:
-        with torch.device("meta"):
-            model = architecture(config) if architecture else AutoModel.from_config(config, trust_remote_code=False)
+        model = within(BUILD_LIMIT, f"building the model of {source}", lambda: _built(config, architecture))
+    except InputError:
+        raise
     except Exception as error:  # whatever a model makes of a configuration that does not fit it
         raise InputError(f"no model can be built from the configuration of {source} ({_reason(error)})") from None
     model.config.name_or_path = source
     return model.eval()
 
 
+def _is_model_class(architecture: Any) -> bool:
+    from transformers import PreTrainedModel
+
+    is_class = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
+    return is_class and architecture is not PreTrainedModel
+
+
+def _built(config: Any, architecture: Any) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors without elements; the trace says what is wrong
+        return architecture(config) if architecture else AutoModel.from_config(config, trust_remote_code=False)
+
+
 def _config_file(source: str) -> Path:
+    if not source:
+        raise InputError("the model's name is empty: name a folder, a config.json, a hub id or 'demo'")
     path = Path(source).expanduser()
     if source == "demo":
         path = resolve(source)

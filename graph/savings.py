@@ -157,6 +157,8 @@ def _shapes(graph: ModelGraph, parameter: str, gone: Gone) -> list[tuple[str, tu
     """New shapes of a changed parameter: one, or one per expert that is named."""
     shape = graph.shapes[parameter]
     experts = sorted({expert for _, expert in gone if expert is not None})
+    if experts and any(expert is None for _, expert in gone):
+        experts = list(range(shape[0]))  # all of them change
     if experts:
         return [(f"{parameter}.{expert}", _left(shape, gone, expert)[1:]) for expert in experts]
     left = _left(shape, gone, None)
@@ -212,7 +214,7 @@ def parse_removals(graph: ModelGraph, texts: Iterable[str]) -> dict[str, list[in
     removals: dict[str, list[int] | int] = {}
     for text in texts:
         pattern, _, amount = text.rpartition("=")
-        if not pattern or not re.fullmatch(r"\d{1,12}(-\d{1,12})?(,\d{1,12}(-\d{1,12})?)*", amount):
+        if not pattern or not re.fullmatch(r"[0-9]{1,12}(-[0-9]{1,12})?(,[0-9]{1,12}(-[0-9]{1,12})?)*", amount):
             raise InputError(f"--remove {text}: write GROUP=CHANNELS, e.g. model.layers.0.mlp=128 or =0-127,200")
         for name in _matching(pattern, sizes):
             if name in removals:
@@ -250,7 +252,10 @@ def _checked(groups: Mapping[str, CouplingGroup], removals: Removals) -> dict[st
         if name not in groups:
             raise unknown_name("group", name, groups)
         size = groups[name].size
-        if isinstance(wanted, int):
+        listed = [wanted] if isinstance(wanted, int | np.integer) else wanted
+        if isinstance(listed, str) or not all(isinstance(n, int | np.integer) and n is not True for n in listed):
+            raise InputError(f"channels of {name}: give how many, or a list of whole numbers")
+        if isinstance(wanted, int | np.integer):
             if not 0 <= wanted <= size:
                 raise InputError(f"group {name} has {size} channels: {wanted} cannot be removed")
             wanted = range(wanted)

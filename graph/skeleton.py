@@ -20,31 +20,42 @@ Inputs = dict[str, Any] | tuple[Any, ...]
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device: same modules, shapes and ties, no weight memory, everything trainable.
 
-    Quantised linear layers become plain ones of their shape, and hooks that move weights between devices are left out.
-    The model itself is not touched.
+    Quantised linear layers become plain ones of their shape; hooks of the user, and those that move weights between
+    devices, are left out. The model itself is not touched.
+
+    Raises:
+        InputError: if something that hangs on the model cannot be copied.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     memo: dict[int, Any] = {}
     module: Any  # attributes of all kinds hang on modules
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        trainable = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=_is_float(tensor)) if trainable else empty
     for module in model.modules():
-        if hasattr(module, "_hf_hook"):  # holds offloaded weights
+        kept = [value for value in vars(module).values() if isinstance(value, Tensor)]  # activations, old weight norms
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False), *kept]:
+            memo.setdefault(id(tensor), _weightless(tensor))
+        if "_hf_hook" in vars(module):  # holds offloaded weights
             memo[id(module._hf_hook)] = module._hf_hook
         if _is_packed(module):
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             memo[id(module)] = plain
-    bones = copy.deepcopy(model, memo)
+    try:
+        bones = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever does not want to be copied
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"{type(model).__name__} cannot be copied for a trace ({reason}): remove that attribute"
+        ) from None
     for module in bones.modules():
-        if hasattr(module, "_hf_hook"):
-            module.forward = module._old_forward
-            del module._hf_hook, module._old_forward
+        _without_hooks(module)
         if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
             module.config._attn_implementation_internal = "eager"
             module.config._experts_implementation_internal = "batched_mm"
     return bones.train(False)
+
+
+def _weightless(tensor: Tensor) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=_is_float(tensor)) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -53,10 +64,21 @@ def _is_float(tensor: Tensor) -> bool:
 
 def _is_packed(module: nn.Module) -> bool:
     """Whether a linear layer keeps its weight quantised."""
-    if not isinstance(module, nn.Linear) or type(module) is nn.Linear:
+    weight = module._parameters.get("weight")  # never computed anew, as a parametrisation would
+    if not isinstance(module, nn.Linear) or type(module) is nn.Linear or weight is None:
         return False
-    weight = module.weight
     return not _is_float(weight) or tuple(weight.shape) != (module.out_features, module.in_features)
+
+
+def _without_hooks(module: Any) -> None:
+    """Drop hooks, but for those of torch that compute a weight."""
+    if "_hf_hook" in vars(module):
+        module.forward = module._old_forward
+        del module._hf_hook, module._old_forward
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils"):
+                del hooks[key]
 
 
 def made_up(model: nn.Module) -> list[dict[str, Any]]:

@@ -64,7 +64,6 @@ class ForwardFails(Exception):  # noqa: N818 (says what happened)
 
 
 def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> ModelGraph:
-    labels = LabelTrace(bones)
     name = type(bones).__name__
 
     def forward(module: nn.Module, given: Any) -> Any:
@@ -72,6 +71,7 @@ def _traced(bones: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Mo
             return module(**given) if isinstance(given, Mapping) else module(*given)
 
     try:
+        labels = LabelTrace(bones)
         backend = dependency_graph(bones, inputs, forward)
     except Untraceable as verdict:
         raise InputError(f"{name} cannot be traced: {verdict}") from None

@@ -151,3 +151,36 @@ def test_unknown_devices_and_dtypes():
             load_model("demo", device=device)
     with pytest.raises(InputError, match="unknown dtype 'int8'"):
         load_model("demo", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "foo"}, "no configuration of a known architecture"),
+        ({}, "no configuration of a known architecture"),
+        ({"model_type": "llama", "architectures": ["FooForCausalLM"]}, "which transformers does not have"),
+        ({"model_type": "llama", "architectures": [3]}, "which transformers does not have"),
+        ({"model_type": "llama", "architectures": ["os"]}, "which transformers does not have"),
+        ({"model_type": "foo", "auto_map": {"AutoConfig": "x.Y"}}, "no configuration of a known architecture"),
+        ({"model_type": "bert", "hidden_size": 50, "num_attention_heads": 6}, "is not a multiple"),
+        ({"model_type": "llama", "hidden_size": -48, "num_attention_heads": 6}, "no model can be built"),
+    ],
+)
+def test_bad_configurations_are_refused(tmp_path, settings, message):
+    """Guards the graph of a configuration alone: one line, no code of the configuration's own, no traceback."""
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=message):
+        models.empty(str(tmp_path))
+
+
+def test_a_configuration_is_a_model_without_weights(tmp_path):
+    """Guards memory: everything is on the meta device, and the file itself may be named."""
+    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 6, "num_hidden_layers": 1}))
+    model = models.empty(str(tmp_path / "config.json"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for missing in (tmp_path / "nothing", tmp_path / "config.yaml"):
+        with pytest.raises(InputError, match="does not exist"):
+            models.empty(str(missing))
+    with pytest.raises(InputError, match="is empty"):
+        models.empty("")

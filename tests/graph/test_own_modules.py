@@ -200,3 +200,136 @@ def test_attention_heads_are_found():
         graph = trace(Transformer(way), TOKENS)
         group = graph.group("blocks.1.1.vo")
         assert (group.heads, group.size, group.partners) == (HEADS, WIDTH, ("blocks.1.1.qk",)), way
+
+
+class Meeting(nn.Module):
+    """Two linear layers that meet in some way before a third."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(10, 16), nn.Linear(10, 16), nn.Linear(16, 3)
+        self.free = nn.Parameter(torch.randn(16, 10))
+        self.labels = nn.Embedding(16, 3)
+        self.register_buffer("order", torch.arange(15, -1, -1))
+        self.meet = meet
+
+    def forward(self, x):
+        """`x` is ``(batch, tokens, 10)``."""
+        return self.meet(self, x)
+
+
+def after(change):
+    """The second layer's channels are changed before they meet the first's."""
+    return lambda m, x: m.last(torch.relu(m.first(x) + change(m.second(x), m)))
+
+
+def ranked(rank):
+    """A rank of the first layer's channels reaches the output beside them."""
+    return lambda m, x: m.last(torch.relu(m.first(x))) + rank(m.first(x), m)
+
+
+FIXED = {
+    "permuted": after(lambda h, m: h[..., m.order]),
+    "selected": after(lambda h, m: h.index_select(-1, m.order)),
+    "sorted": after(lambda h, m: h.sort(-1)[0]),
+    "accumulated": after(lambda h, m: h.cumsum(-1)),
+    "softmax": after(lambda h, m: h.softmax(-1)),
+    "argmax": ranked(lambda h, m: m.labels(h.argmax(-1))),
+    "logsumexp": ranked(lambda h, m: h.logsumexp(-1, keepdim=True)),
+    "weight permuted": lambda m, x: m.last(torch.relu(m.first(x) + functional.linear(x, m.free[m.order]))),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+@pytest.mark.filterwarnings("ignore:the traced forward")
+def test_what_competes_or_is_reordered_is_no_group(case):
+    """Guards against groups with a member missing: where the order of channels is lost, none of them can vanish."""
+    graph = trace(Meeting(FIXED[case]), FEATURES)
+    members = {member.port.parameter for group in graph.groups for member in group.members}
+    assert "last.weight" not in members
+
+
+@pytest.mark.filterwarnings("ignore:the traced forward")
+def test_a_reduction_over_channels_is_said():
+    """Guards masking: a mean over channels reads them too, so to mask one is to zero what writes it."""
+    graph = trace(Meeting(lambda m, x: m.last(m.first(x)) * m.first(x).mean(-1, keepdim=True)), FEATURES)
+    assert [group.reduced for group in graph.groups] == [True]
+    graph = trace(Meeting(lambda m, x: m.last(m.first(x))), FEATURES)
+    assert [group.reduced for group in graph.groups] == [False]
+
+
+class MergedUpdate(nn.Module):
+    """A low-rank update that is added to the weight before it is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.base, self.last = nn.Linear(10, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.down, self.up = nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.randn(12, 2))
+
+    def forward(self, x):
+        """`x` is ``(batch, tokens, 10)``."""
+        weight = self.base.weight + self.up @ self.down
+        return self.last(torch.relu(functional.linear(torch.relu(self.first(x)), weight)))
+
+
+@pytest.mark.filterwarnings("ignore:the traced forward")
+def test_a_merged_update_has_the_axes_of_its_weight():
+    """Guards parametrised weights: rows stay rows, columns columns, and the rank is a group."""
+    groups = {group.size: group for group in trace(MergedUpdate(), FEATURES).groups}
+    axes = {size: {(m.port.parameter, m.axis) for m in group.members} for size, group in groups.items()}
+    assert {("base.weight", "column"), ("down", "column"), ("first.weight", "row")} <= axes[16]
+    assert {("base.weight", "row"), ("up", "row"), ("last.weight", "column")} <= axes[12]
+    assert axes[2] == {("up", "column"), ("down", "row")}
+
+
+class Registers(nn.Module):
+    """Learned tokens before the computed ones, positions for all, and learned queries that look at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.registers = nn.Linear(10, WIDTH), nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.positions, self.latents = nn.Parameter(torch.randn(1, 10, WIDTH)), nn.Parameter(torch.randn(7, WIDTH))
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        """`x` is ``(batch, 6, 10)``."""
+        x = torch.cat([self.registers.expand(len(x), -1, -1), self.embed(x)], 1) + self.positions
+        parts = (self.query(self.latents)[None], self.key(x), self.value(x))
+        q, k, v = (part.view(1, -1, HEADS, WIDTH // HEADS).transpose(1, 2) for part in parts)
+        return self.last(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_positions_and_latents_are_no_channels():
+    """Guards learned tokens: their width is a channel, their number is none, and their queries are attention's."""
+    graph = trace(Registers(), FEATURES)
+    kinds = {group.kind: group for group in graph.groups}
+    assert (kinds["attention-vo"].heads, kinds["attention-qk"].heads) == (HEADS, HEADS)
+    stream = next(g for g in graph.groups if any(m.port.parameter == "embed.weight" for m in g.members))
+    learned = {(m.port.parameter, m.port.dim, m.shared) for m in stream.members if m.module == ""}
+    assert learned == {("registers", 2, False), ("positions", 2, False)}
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "frozen"])
+def test_statistics_of_norms_are_members(norm):
+    """Guards buffers per channel: a removed channel takes its mean and variance along."""
+    layer = {"batch": nn.BatchNorm2d, "instance": lambda n: nn.InstanceNorm2d(n, track_running_stats=True)}
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), layer.get(norm, FrozenNorm)(8), nn.Conv2d(8, 2, 3))
+    graph = trace(model, torch.randn(1, 3, 9, 9))
+    members = {member.port.parameter for member in graph.groups[0].members}
+    assert {"1.running_mean", "1.running_var"} <= members
+    assert {"1.running_mean", "1.running_var"} <= graph.buffers
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm of which everything is a buffer."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        """`x` is ``(batch, channels, height, width)``."""
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 import time
 import warnings
 
@@ -160,6 +161,39 @@ def test_the_live_model_is_untouched(tiny_llama):
     assert tiny_llama.config._attn_implementation == "sdpa"
     assert attributes == {name: set(vars(module)) for name, module in tiny_llama.named_modules()}
     assert torch.equal(before, tiny_llama(TOKENS).logits)
+
+
+def test_hooks_inputs_and_computed_weights_are_untouched():
+    """Guards what hangs on a model: hooks do not run, ids are not written to, a spectral norm takes no step."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 4))
+    before, seen = model[0].parametrizations.weight[0]._u.clone(), []
+    model[2].register_forward_hook(lambda module, args, out: seen.append(float(out.sum())))
+    with pytest.raises(InputError, match="vdot"):
+        trace(model, torch.zeros(2, 6))
+    assert torch.equal(before, model[0].parametrizations.weight[0]._u)
+    assert trace(model[1:], torch.zeros(2, 8)).groups == ()
+    assert seen == []
+    ids = torch.tensor([[1, 50, 3]])
+    trace(nn.Sequential(Clamp(), nn.Embedding(9, 8), nn.Linear(8, 4)), ids)
+    assert ids.tolist() == [[1, 50, 3]]
+
+
+class Clamp(nn.Module):
+    """Writes to its input."""
+
+    def forward(self, ids):
+        """`ids` is ``(batch, tokens)``."""
+        return ids.clamp_(max=8)
+
+
+def test_what_hangs_on_a_model_does_not_hinder():
+    """Guards models with kept activations, and one line for what cannot be copied."""
+    model = Net(nn.ReLU())
+    model.last = model(torch.zeros(2, 6))
+    assert trace(model, torch.zeros(2, 6)).groups[0].size == 8
+    model.lock = threading.Lock()
+    with pytest.raises(InputError, match="cannot be copied for a trace"):
+        trace(model, torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("change", ["meta", "bfloat16", "frozen", "offloaded", "compiled", "no grad"])
