@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,23 +25,35 @@ def within(seconds: float, what: str, work: Callable[[], Result]) -> Result:
         InputError: if the work is not done by then.
     """
     outcome: dict[str, Any] = {}
+    done = threading.Event()  # an interrupted join would take the thread for ended
 
     def run() -> None:
         try:
             outcome["result"] = work()
         except BaseException as error:
             outcome["error"] = error
+        finally:
+            done.set()
 
     worker = threading.Thread(target=run, name=what, daemon=True)
     worker.start()
     try:
-        worker.join(seconds)
+        in_time = done.wait(seconds)
     finally:
-        if worker.is_alive():  # over time, or the user interrupts
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
-            worker.join(GRACE)  # a thread that lives on when the program ends would abort it
-    if worker.is_alive() or isinstance(outcome.get("error"), _TimeUp):
+        _stop(worker, done)  # over time, or the user interrupts
+    if not in_time:
         raise InputError(f"{what} did not end within {seconds:g} seconds: it is not supported")
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
+
+
+def _stop(worker: threading.Thread, done: threading.Event) -> None:
+    """End a thread: one that lives on when the program ends would abort it.
+
+    What is raised in a thread may be swallowed, by a callback for instance: so it is raised again.
+    """
+    deadline = time.monotonic() + GRACE
+    while not done.is_set() and time.monotonic() < deadline:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
+        done.wait(0.2)
