@@ -296,10 +296,8 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
     if of_weights and not merged:
         kept_a = []  # its positions are no channels
     for entry, summed, kept in ((entry_a, summed_a, kept_a), (entry_b, summed_b, kept_b)):
-        for field in summed if entry.static or entry.merged else ():
-            trace.mark("written" if of_weights or entry.merged else "column", field)
-        for field in kept if entry.static or entry.merged else ():
-            trace.mark("written" if of_weights or entry.merged else "row", field)
+        if entry.static or entry.merged:
+            _mark_weight(trace, summed, kept, says_axes=not (of_weights or entry.merged))
     if entry_b.static and not merged and out.shape[-1] > 1 and not any(last - 1 in varying(f) for f in kept_b):
         kept_b = [*kept_b, trace.unknown(space, last - 1)]  # a weight whose rows were picked or sorted
     trace.matched(summed_a, summed_b)
@@ -310,6 +308,14 @@ def _product(trace: LabelTrace, out: Tensor, a: Tensor, b: Tensor, spread_a: Any
     if not kept and summed_a and summed_b:
         kept = [_bundled(trace, summed, last).select(last, 0)]
     trace.set(out, kept, merged=merged)
+
+
+def _mark_weight(trace: LabelTrace, summed: list[Tensor], kept: list[Tensor], says_axes: bool) -> None:
+    """Note what of a weight is read and written; a product of weights alone does not say which is which."""
+    for field in summed:
+        trace.mark("column" if says_axes else "written", field)
+    for field in kept:
+        trace.mark("row" if says_axes else "written", field)
 
 
 def _is_table(trace: LabelTrace, summed_a: list[Tensor], summed_b: list[Tensor]) -> bool:
