@@ -40,7 +40,8 @@ class Labels:
         self.ports: dict[int, tuple[Port, int]] = {}
         self._parent: Ids = np.zeros(1, dtype=np.int32)
         self._count = 1
-        self._marks: dict[str, NDArray[np.bool_]] = {}
+        self._bits: dict[str, int] = {}
+        self._marks = np.zeros(0, dtype=np.uint16)  # a bit for each kind
 
     def new(self, size: int) -> Ids:
         """`size` fresh labels."""
@@ -90,18 +91,18 @@ class Labels:
 
     def mark(self, mark: str, ids: Ids) -> None:
         """Mark labels, e.g. as ``consumed``."""
-        flags = self._marks.get(mark)
-        if flags is None or len(flags) < self._count:
-            grown = np.zeros(len(self._parent), dtype=np.bool_)
-            grown[: 0 if flags is None else len(flags)] = () if flags is None else flags
-            flags = self._marks[mark] = grown
-        flags[ids] = True
+        bit = self._bits.setdefault(mark, 1 << len(self._bits))
+        if len(self._marks) < self._count:
+            grown = np.zeros(len(self._parent), dtype=np.uint16)
+            grown[: len(self._marks)] = self._marks
+            self._marks = grown
+        self._marks[ids] |= np.uint16(bit)
 
     def marked(self, mark: str) -> NDArray[np.bool_]:
         """Whether each label is marked."""
         flags = np.zeros(self._count, dtype=np.bool_)
-        known = self._marks.get(mark, flags)[: self._count]
-        flags[: len(known)] = known
+        known = self._marks[: self._count]
+        flags[: len(known)] = known & np.uint16(self._bits.get(mark, 0))
         return flags
 
     def classes(self) -> Ids:
