@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import picking, products  # noqa: F401 (they register their rules)
 from .labels import MAX_LABELS, Entry, Ids, Labels, Untraceable, compressed, core, vary_along, varying
 from .rules import propagate
 from .structure import Port
