@@ -20,7 +20,8 @@ from matplotlib.patches import Polygon, Rectangle
 
 from ..errors import InputError, unknown_name
 from ..graph import CouplingGroup, Member, ModelGraph
-from ..graph.views import block_of, folded
+from ..graph.naming import block_of
+from ..graph.views import folded
 from .arrows import KINDS, LETTER, MARGIN, NOTE, PAPER, WIDTH, arrow, polyline
 from .boxes import Box, Branch, Side, branches
 from .cards import groups_figure
@@ -61,7 +62,7 @@ def structure_figure(graph: ModelGraph, block: str | None = None) -> Figure:
         raise unknown_name("block", block, graph.blocks)
     counts = dict.fromkeys(graph.blocks, 0)
     for group in graph.groups:
-        if place := block_of(graph, group.id):
+        if place := block_of(group.id, counts):
             counts[place] += 1
     name = block or max(counts, key=lambda place: counts[place], default="")
     stream = _stream(graph, name)

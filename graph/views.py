@@ -12,6 +12,7 @@ from typing import Any
 import networkx
 
 from ..records import atomic_path
+from .naming import block_of
 from .statistics import GroupStatistics, statistics
 from .structure import CouplingGroup, Member, ModelGraph, Port
 
@@ -154,8 +155,9 @@ def folded(graph: ModelGraph) -> list[FoldedBlock]:
     """
     inside: dict[str, list[tuple[CouplingGroup, GroupStatistics]]] = {"": []}
     inside |= {block: [] for block in graph.blocks}
+    known = frozenset(graph.blocks)
     for pair in zip(graph.groups, statistics(graph), strict=True):
-        inside[block_of(graph, pair[0].id)].append(pair)
+        inside[block_of(pair[0].id, known) or ""].append(pair)
     alike: dict[Any, list[str]] = {}
     for block, pairs in inside.items():
         if pairs:
@@ -164,14 +166,6 @@ def folded(graph: ModelGraph) -> list[FoldedBlock]:
         FoldedBlock(ranges(blocks), tuple(filter(None, blocks)), _folded_groups(blocks[0], inside[blocks[0]]))
         for blocks in alike.values()
     ]
-
-
-def block_of(graph: ModelGraph, name: str) -> str:
-    """The block that a parameter, module or group belongs to, or an empty string."""
-    known = frozenset(graph.blocks)
-    parts = name.split(".")
-    starts = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-    return next((start for start in starts if start in known), "")
 
 
 def _signature(block: str, group: CouplingGroup, found: GroupStatistics, expert: str = "") -> tuple[Any, ...]:
