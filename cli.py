@@ -243,7 +243,16 @@ def _score(
     sample = []
     if rule.needs_data:
         sample = data.calibration_batches(data.load(source)["train"], loaded.tokenizer, calibration, seed)
-    return scoring.score(loaded, rule, sample, data_source=source, axes=axes, seed=seed)
+    return scoring.score(
+        loaded.model,
+        rule,
+        sample,
+        axes=axes,
+        seed=seed,
+        model_source=loaded.source,
+        model_fingerprint=loaded.fingerprint,
+        data_source=source,
+    )
 
 
 @command(app)

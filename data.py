@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,11 +196,13 @@ def calibration_batches(
     return result
 
 
-def fingerprint(batches: list[Batch]) -> str:
-    """SHA-256 of the batches' token ids and labels."""
+def fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """SHA-256 of everything in the batches."""
+    import torch
+
     digest = hashlib.sha256()
     for batch in batches:
-        for name in ("input_ids", "labels"):
-            digest.update(str(tuple(batch[name].shape)).encode())
-            digest.update(batch[name].numpy().tobytes())
+        for name in sorted(batch):
+            digest.update(f"{name} {batch[name].dtype} {tuple(batch[name].shape)}".encode())
+            digest.update(batch[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -187,6 +187,7 @@ class Provenance:
         layers: names of the decoder/encoder blocks, in order.
         shapes: module -> ``(out_features, in_features)``.
         dtypes: module -> dtype of its weight, e.g. ``float32``.
+        sizes: module -> number of its weights, where that is not ``out_features * in_features`` (convolutions).
         forward_passes: forward passes of one batch.
         backward_passes: backward passes of one batch.
         signal_to_noise: norm of the estimated signal over the norm of its noise; None where the score is exact.
@@ -198,6 +199,7 @@ class Provenance:
     layers: list[str]
     shapes: dict[str, tuple[int, int]]
     dtypes: dict[str, str]
+    sizes: dict[str, int] = field(default_factory=dict)
     data_source: str = ""
     data_fingerprint: str = ""
     seed: int = 0

@@ -108,6 +108,10 @@ def _convert(where: str, text: str, wanted: type) -> Any:
 
 
 def spell(name: str, value: Any) -> str:
-    """The inverse of :func:`parse`: the name with every setting that has one, in field order."""
-    pairs = [f"{field.name}={getattr(value, field.name)}" for field in dataclasses.fields(value)]
+    """The inverse of :func:`parse`: the name with every setting that differs from its default, in field order."""
+    pairs = [
+        f"{field.name}={getattr(value, field.name)}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    ]
     return f"{name}:{','.join(pairs)}" if pairs else name

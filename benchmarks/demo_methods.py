@@ -48,7 +48,9 @@ def configuration(method: str, seed: int):
         )
     criterion, scope, axis = choice
     batches = data.calibration_batches(data.load("demo")["train"], loaded.tokenizer, seed=seed)
-    table = scoring.score(loaded, rowscope.criterion(criterion), batches, seed=seed)
+    table = scoring.score(
+        loaded.model, rowscope.criterion(criterion), batches, seed=seed, model_fingerprint=loaded.fingerprint
+    )
     groups = trace(loaded.model).groups if scope == "coupled" else ()
     return RowsConfig.from_selection(
         rowscope.select(table, Budget("lora", RANK), scope=scope, axis=axis, groups=groups)

@@ -1,19 +1,47 @@
-"""What a criterion is, the registry of criteria, and scoring a loaded model with one."""
+"""What a criterion is, the registry of criteria, and scoring a model with one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import data, models, settings
 from ..errors import InputError
-from ..models import LoadedModel
 from ..records import AXES, AxisTensors, Provenance, ScoreTable
+from .losses import Batch, Loss, evaluate, model_loss, model_loss_parts
+from .weights import Weight, scored_weights
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be scored, and on what.
+
+    Attributes:
+        model: in evaluation mode.
+        weights: module name -> the weight to score.
+        batches: calibration batches, on any device.
+        seed: of the criterion's own randomness.
+        own_loss: the caller's loss; None for the model's own.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, Weight]
+    batches: Sequence[Batch] = ()
+    seed: int = 0
+    own_loss: Loss | None = None
+
+    def loss(self, number: int) -> Tensor:
+        """The mean loss of a batch, 0-D. Raises InputError if it is not finite, or the model rejects the batch."""
+        return evaluate(self.own_loss or model_loss, self.model, self.batches[number], number).sum()
+
+    def loss_parts(self, number: int) -> Tensor:
+        """The same loss as parts that sum to it, ``(tokens or examples,)``; see :func:`losses.model_loss_parts`."""
+        return evaluate(self.own_loss or model_loss_parts, self.model, self.batches[number], number).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -34,10 +62,8 @@ class Criterion(Protocol):
     name: ClassVar[str]
     needs_data: ClassVar[bool]
 
-    def measure(
-        self, model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[data.Batch], seed: int
-    ) -> Measurement:
-        """Score rows ``(out_features,)`` and columns ``(in_features,)`` of the weights of `modules`."""
+    def measure(self, task: Task) -> Measurement:
+        """Score rows ``(out_features,)`` and columns ``(in_features,)`` of the task's weights."""
         ...
 
 
@@ -57,41 +83,50 @@ def criterion(text: str) -> Criterion:
 
 
 def score(
-    loaded: LoadedModel,
+    model: nn.Module,
     rule: Criterion,
-    batches: Sequence[data.Batch] = (),
+    batches: Sequence[Batch] = (),
     *,
-    data_source: str = "",
+    loss: Loss | None = None,
+    target_modules: Sequence[str] = (),
     axes: Sequence[str] = AXES,
     seed: int = 0,
+    model_source: str = "",
+    model_fingerprint: str = "",
+    data_source: str = "",
 ) -> ScoreTable:
-    """Score the linear weights of a model's blocks. The model is left as it was found.
+    """Score rows and columns of a model's weights. The model is left as it was found.
 
     Args:
-        loaded: the model, in evaluation mode.
+        model: any module whose forward takes a batch's entries by name and returns an output with a ``loss``.
         rule: see :func:`criterion`.
-        batches: see :func:`rowscope.data.calibration_batches`; not needed by criteria without data.
-        data_source: what the batches came from, for the record.
+        batches: mappings of tensors, e.g. :func:`rowscope.data.calibration_batches`; not needed by criteria without
+            data.
+        loss: a loss of your own, see :data:`rowscope.scoring.losses.Loss`; by default the model's.
+        target_modules: see :func:`rowscope.scoring.weights.scored_weights`.
         axes: which of ``row`` and ``column`` to keep.
         seed: of the criterion's own randomness.
+        model_source: what the model is called, for the record.
+        model_fingerprint: of its checkpoint, for the record.
+        data_source: what the batches came from, for the record.
 
     Raises:
-        InputError: if the model has no blocks, data is missing, or a loss is NaN or infinite.
+        InputError: if there is nothing to score, data is missing, the model rejects a batch, or a loss is NaN or
+            infinite.
     """
-    modules = models.linear_modules(loaded.model)
-    if not modules:
-        raise InputError(f"{loaded.source} has no blocks of nn.Linear layers: there is nothing to score")
+    weights = scored_weights(model, target_modules)
     if rule.needs_data and not batches:
         raise InputError(f"criterion {rule.name} needs data: name some with --data")
-    found = rule.measure(loaded.model, modules, batches, seed)
-    weights = {name: module.weight.detach() for name, module in modules.items()}
+    with evaluating(model):
+        found = rule.measure(Task(model, weights, batches, seed, loss))
     provenance = Provenance(
         criterion=settings.spell(rule.name, rule),
-        model_source=loaded.source,
-        model_fingerprint=loaded.fingerprint,
-        layers=list(models.layers(loaded.model)),
-        shapes={name: (module.out_features, module.in_features) for name, module in modules.items()},
-        dtypes={name: str(weight.dtype).removeprefix("torch.") for name, weight in weights.items()},
+        model_source=model_source,
+        model_fingerprint=model_fingerprint,
+        layers=list(models.layers(model)),
+        shapes={name: (weight.out_features, weight.in_features) for name, weight in weights.items()},
+        sizes={name: w.numel for name, w in weights.items() if w.numel != w.out_features * w.in_features},
+        dtypes={name: str(weight.parameter.dtype).removeprefix("torch.") for name, weight in weights.items()},
         data_source=data_source if rule.needs_data else "",
         data_fingerprint=data.fingerprint(list(batches)) if rule.needs_data else "",
         seed=seed,
@@ -99,8 +134,8 @@ def score(
         backward_passes=found.backward_passes,
         signal_to_noise=found.signal_to_noise,
     )
-    norms = {name: reduce_weight(weight.float().square(), torch.sqrt) for name, weight in weights.items()}
-    keep = _keep(list(modules), axes)
+    norms = {name: weight.reduce(weight.values().square(), torch.sqrt) for name, weight in weights.items()}
+    keep = _keep(list(weights), axes)
     halves = tuple(keep(half) for half in found.halves)
     return ScoreTable(keep(found.scores), keep(norms), provenance, halves, keep(found.noise))  # type: ignore[arg-type]
 
@@ -114,52 +149,13 @@ def _keep(names: Sequence[str], axes: Sequence[str]) -> Callable[[AxisTensors], 
     }
 
 
-def reduce_weight(values: Tensor, finish: Callable[[Tensor], Tensor] = lambda total: total) -> dict[str, Tensor]:
-    """Sum a weight-shaped tensor ``(out_features, in_features)`` over each row and over each column."""
-    return {"row": finish(values.sum(dim=1)), "column": finish(values.sum(dim=0))}
-
-
-def add_into(totals: AxisTensors, name: str, values: dict[str, Tensor]) -> None:
-    """``totals[name][axis] += values[axis]``, starting from nothing."""
-    entry = totals.setdefault(name, {})
-    for axis, value in values.items():
-        entry[axis] = entry[axis] + value if axis in entry else value
-
-
-def combined(halves: tuple[AxisTensors, AxisTensors], counts: tuple[int, int]) -> tuple[AxisTensors, tuple[Any, ...]]:
-    """Mean of two halves' sums over all `counts`, and the halves' own means (none if one half is empty)."""
-    first, second = halves
-    both = {
-        name: {axis: (total + second[name][axis] if second else total) / sum(counts) for axis, total in entry.items()}
-        for name, entry in first.items()
-    }
-    if not second:
-        return both, ()
-    means = [
-        {name: {axis: total / count for axis, total in entry.items()} for name, entry in half.items()}
-        for half, count in zip(halves, counts, strict=True)
-    ]
-    return both, tuple(means)
-
-
-def checked_loss(loss: Tensor, number: int) -> Tensor:
-    """`loss` itself. Raises InputError if it is NaN or infinite."""
-    if not bool(torch.isfinite(loss)):
-        raise InputError(f"the loss of batch {number} is {loss.item()}: look at its data, or use --dtype float32")
-    return loss
-
-
 @contextmanager
-def only_trainable(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Within it exactly `weights` require gradients; afterwards flags and gradients are as before."""
-    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    wanted = set(weights)
-    for parameter in before:
-        parameter.requires_grad_(parameter in wanted)
-        parameter.grad = None
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
-        for parameter, (flag, gradient) in before.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
+        for module in training:
+            module.training = True

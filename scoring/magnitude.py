@@ -1,14 +1,10 @@
 """Weight magnitude: needs no data."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from ..data import Batch
 from ..errors import InputError
-from .criteria import Measurement, reduce_weight, register
+from .criteria import Measurement, Task, register
 
 
 @register
@@ -29,10 +25,8 @@ class Magnitude:
         if self.p not in (1, 2):
             raise InputError(f"criterion magnitude: p={self.p} is not offered, use 1 or 2")
 
-    def measure(
-        self, model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[Batch], seed: int
-    ) -> Measurement:
-        """Score every weight; `batches` are not looked at."""
+    def measure(self, task: Task) -> Measurement:
+        """Score every weight; no batch is looked at."""
         return Measurement(
-            {name: reduce_weight(module.weight.detach().float().abs() ** self.p) for name, module in modules.items()}
+            {name: weight.reduce(weight.values().abs() ** self.p) for name, weight in task.weights.items()}
         )

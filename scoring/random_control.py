@@ -1,14 +1,11 @@
 """Random scores: the control that every other criterion has to beat."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from ..data import Batch
-from .criteria import Measurement, register
+from .criteria import Measurement, Task, register
 
 
 @register
@@ -19,17 +16,15 @@ class Random:
     name: ClassVar[str] = "random"
     needs_data: ClassVar[bool] = False
 
-    def measure(
-        self, model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[Batch], seed: int
-    ) -> Measurement:
-        """Draw from one seeded generator, in the order of `modules`."""
-        generator = torch.Generator().manual_seed(seed)
+    def measure(self, task: Task) -> Measurement:
+        """Draw from one seeded generator, in the order of the weights."""
+        generator = torch.Generator().manual_seed(task.seed)
         return Measurement(
             {
                 name: {
-                    "row": torch.rand(module.out_features, generator=generator),
-                    "column": torch.rand(module.in_features, generator=generator),
+                    "row": torch.rand(weight.out_features, generator=generator),
+                    "column": torch.rand(weight.in_features, generator=generator),
                 }
-                for name, module in modules.items()
+                for name, weight in task.weights.items()
             }
         )

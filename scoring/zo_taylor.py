@@ -1,19 +1,19 @@
 """Zero-order Taylor importance: gradients guessed from forward passes alone."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ..data import Batch
 from ..errors import InputError, unknown_name
 from ..records import AxisTensors
-from .criteria import Measurement, checked_loss, reduce_weight, register
+from .criteria import Measurement, Task, register
+from .weights import Weight
 
 
 @register
@@ -51,47 +51,40 @@ class ZerothOrderTaylor:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise InputError(f"criterion zo-taylor: epsilon={self.epsilon} must be greater than 0")
 
-    def measure(
-        self, model: nn.Module, modules: Mapping[str, nn.Linear], batches: Sequence[Batch], seed: int
-    ) -> Measurement:
+    def measure(self, task: Task) -> Measurement:
         """`passes` forward passes; even and odd probes make the two halves."""
-        probes = self.passes // 2
+        probes, count = self.passes // 2, len(task.weights)
         slopes = torch.empty(probes, dtype=torch.float64)
-        first_seed = int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(seed)))
-        seeds = [
-            [first_seed + probe * len(modules) + number for number in range(len(modules))] for probe in range(probes)
-        ]
-        device = next(iter(modules.values())).weight.device
+        first_seed = int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(task.seed)))
+        seeds = [[first_seed + probe * count + number for number in range(count)] for probe in range(probes)]
+        weights = list(task.weights.values())
         with torch.inference_mode():
-            for probe in tqdm(range(probes), desc="zo-taylor", disable=None, delay=2):
-                number = probe % len(batches)
-                inputs = {key: value.to(device) for key, value in batches[number].items()}
+            for probe in tqdm(range(probes), desc=self.name, disable=None, delay=2):
                 losses = []
                 for sign in (1.0, -1.0):
-                    with perturbed(list(modules.values()), seeds[probe], sign * self.epsilon):
-                        losses.append(checked_loss(model(**inputs, use_cache=False).loss, number).double())
+                    with perturbed(weights, seeds[probe], sign * self.epsilon):
+                        losses.append(task.loss(probe % len(task.batches)).double())
                 slopes[probe] = (losses[0] - losses[1]) / (2 * self.epsilon)
-        return self._scores(modules, seeds, slopes)
+        return self._scores(weights, seeds, slopes)
 
     @torch.no_grad()
-    def _scores(self, modules: Mapping[str, nn.Linear], seeds: list[list[int]], slopes: Tensor) -> Measurement:
+    def _scores(self, weights: Sequence[Weight], seeds: list[list[int]], slopes: Tensor) -> Measurement:
         """Replay the draws weight by weight, so that one estimated gradient at a time is in memory."""
         scores: AxisTensors = {}
         halves: tuple[AxisTensors, AxisTensors] = ({}, {})
         noise: AxisTensors = {}
         sigma = float(slopes.square().mean().sqrt()) / math.sqrt(len(slopes))
         energy, weights_in_all = 0.0, 0
-        for number, (name, module) in enumerate(modules.items()):
-            weight = module.weight.detach()
-            sums = [torch.zeros_like(weight, dtype=torch.float32) for _ in halves]
+        for number, weight in enumerate(weights):
+            name, size = weight.name, weight.values().abs()
+            sums = [torch.zeros_like(size) for _ in halves]
             for probe, slope in enumerate(slopes.tolist()):
-                sums[probe % 2].add_(draw(weight, seeds[probe][number]), alpha=slope)
-            size = weight.float().abs()
+                sums[probe % 2].add_(draw(size, seeds[probe][number]), alpha=slope)
             for half, total, count in zip(halves, sums, ((len(slopes) + 1) // 2, len(slopes) // 2), strict=True):
-                half[name] = reduce_weight(size * (total / count).abs())
+                half[name] = weight.reduce(size * (total / count).abs())
             gradient = (sums[0] + sums[1]) / len(slopes)
-            scores[name] = reduce_weight(size * gradient.abs())
-            noise[name] = reduce_weight(size * sigma * math.sqrt(2 / math.pi))
+            scores[name] = weight.reduce(size * gradient.abs())
+            noise[name] = weight.reduce(size * sigma * math.sqrt(2 / math.pi))
             energy += float(gradient.square().sum())
             weights_in_all += gradient.numel()
         ratio = energy / (weights_in_all * sigma**2) - 1 if sigma else 0.0
@@ -100,37 +93,50 @@ class ZerothOrderTaylor:
         )
 
 
-def draw(weight: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers shaped like `weight`, the same for the same seed."""
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    return torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+def draw(values: Tensor, seed: int) -> Tensor:
+    """Standard normal numbers shaped like `values`, the same for the same seed, whatever the dtype."""
+    generator = torch.Generator(values.device).manual_seed(seed)
+    return torch.randn(values.shape, generator=generator, device=values.device)
 
 
 @contextmanager
-def perturbed(modules: Sequence[nn.Linear], seeds: Sequence[int], scale: float) -> Iterator[None]:
-    """Within it each module computes with ``weight + scale · z``; the weights themselves are never written to."""
-    originals = [module.weight.data for module in modules]
+def perturbed(weights: Sequence[Weight], seeds: Sequence[int], scale: float) -> Iterator[None]:
+    """Within it each layer computes with ``weight + scale · z``; the weights themselves are never written to."""
+    originals = {weight: weight.parameter.data for weight in weights}
 
-    def before(original: Tensor, seed: int) -> Any:
-        def hook(module: nn.Linear, _: Any) -> None:
-            module.weight.data = torch.add(original, draw(original, seed), alpha=scale)
+    def before(weight: Weight, seed: int) -> Any:
+        def hook(module: Any, _: Any) -> None:
+            values = weight.values()
+            module.weight.data = values.add(draw(values, seed), alpha=scale).to(weight.parameter.dtype)
 
         return hook
 
-    def after(original: Tensor) -> Any:
-        def hook(module: nn.Linear, _: Any, __: Any) -> None:
-            module.weight.data = original
+    def after(weight: Weight) -> Any:
+        def hook(module: Any, _: Any, __: Any) -> None:
+            module.weight.data = originals[weight]
+
+        return hook
+
+    def beside(weight: Weight, seed: int) -> Any:
+        """A quantised layer cannot compute with other weights: what they would add is added to its output."""
+
+        def hook(_: Any, inputs: Any, output: Tensor) -> Tensor:
+            z = draw(torch.empty(weight.out_features, weight.in_features, device=output.device), seed)
+            return output + (inputs[0].float() @ z.T * scale).to(output.dtype)
 
         return hook
 
     hooks = []
     try:
-        for module, original, seed in zip(modules, originals, seeds, strict=True):
-            hooks.append(module.register_forward_pre_hook(before(original, seed)))
-            hooks.append(module.register_forward_hook(after(original)))
+        for weight, seed in zip(weights, seeds, strict=True):
+            if weight.is_quantised:
+                hooks.append(weight.module.register_forward_hook(beside(weight, seed)))
+            else:
+                hooks.append(weight.module.register_forward_pre_hook(before(weight, seed)))
+                hooks.append(weight.module.register_forward_hook(after(weight)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, original in zip(modules, originals, strict=True):
-            module.weight.data = original
+        for weight, original in originals.items():
+            weight.parameter.data = original

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rowscope import Budget, InputError, criterion, scoring, select, trace
-from rowscope.models import LoadedModel, linear_modules
+from rowscope.models import linear_modules
 from rowscope.records import Provenance, ScoreTable
 from rowscope.scoring.budget import Share
 from rowscope.scoring.groups import channel_scores, scored_members
@@ -17,7 +17,7 @@ from rowscope.scoring.groups import channel_scores, scored_members
 
 @pytest.fixture
 def table(tiny_llama) -> ScoreTable:
-    return scoring.score(LoadedModel(tiny_llama, None, "tiny", "f" * 64), criterion("magnitude"))
+    return scoring.score(tiny_llama, criterion("magnitude"), model_source="tiny", model_fingerprint="f" * 64)
 
 
 shares = st.lists(
