@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,14 +19,24 @@ from . import console
 from ._version import VERSION
 from .errors import InputError, unknown_name
 from .options import command
-from .records import AXES, ScoreTable, Selection, checked_output, read_json, read_yaml, write_json
+from .records import (
+    AXES,
+    LayerScores,
+    ScoreTable,
+    Selection,
+    checked_output,
+    read_json,
+    read_yaml,
+    tensor_file_kind,
+    write_json,
+)
 from .runs import RunFolder
-from .settings import SEEDS, CalibrationSettings, TrainingSettings
+from .settings import SEEDS, CalibrationSettings, SelectionSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from .graph import ModelGraph
     from .models import LoadedModel
-    from .scoring import Budget, Criterion
+    from .scoring import Criterion
 
 PROGRAM = "rowscope"
 INTERRUPTED = 130
@@ -72,13 +82,6 @@ Config = Annotated[
     typer.Option(help="YAML file of option names and values; flags win.", is_eager=True, callback=_config_option),
 ]
 CriterionName = Annotated[str, typer.Option(help="Name and settings, e.g. taylor or zo-taylor:passes=128.")]
-BudgetText = Annotated[
-    str, typer.Option(help="rank=K rows, columns or channels each; lora=R: what a LoRA of rank R costs.")
-]
-Scope = Annotated[
-    str, typer.Option(help="layer: rows or columns of each module; coupled: channels of coupled groups.")
-]
-Axis = Annotated[str, typer.Option(help="row or column, for --scope layer.")]
 
 
 def _data_source(data: str | None, model: str) -> str:
@@ -197,6 +200,10 @@ def score(
     data: Data = None,
     criterion: CriterionName = "taylor",
     axis: Annotated[str, typer.Option(help="row, column or both.")] = "both",
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated endings of module names, or regular expressions: down_proj,lm_head."),
+    ] = None,
     calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("scores.safetensors"),
     plot: Annotated[Path | None, typer.Option(help="Also draw the heatmap (.png or .svg).")] = None,
@@ -211,23 +218,31 @@ def score(
 
     if axis not in (*AXES, "both"):
         raise unknown_name("axis", axis, (*AXES, "both"))
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {plot}: name a .png or .svg file")
+    targets = [target.strip() for target in target_modules.split(",")] if target_modules is not None else []
+    if not all(targets):
+        raise InputError(f"--target-modules {target_modules!r} has an empty name: write endings such as q_proj,v_proj")
+    _check_plot(plot)
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out}: name a .safetensors file")
-    for path in filter(None, (out, plot)):
-        checked_output(path)
+    checked_output(out)
     rule = scoring.criterion(criterion)
     source = _data_source(data, model) if rule.needs_data else ""
     loaded = models.load(model, dtype=dtype, device=device)
     axes = AXES if axis == "both" else (axis,)
-    table = _score(loaded, rule, source, calibration, seed, axes)
+    table = _score(loaded, rule, source, calibration, seed, axes, targets)
     table.save(out)
     if plot is not None:
         from .analysis import figures
 
         figures.save(figures.importance_heatmap(table, axes[0]), plot)
     console.print_scores(table, out, as_json)
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None:
+        if plot.suffix not in (".png", ".svg"):
+            raise InputError(f"--plot {plot}: name a .png or .svg file")
+        checked_output(plot)
 
 
 def _score(
@@ -237,6 +252,7 @@ def _score(
     calibration: CalibrationSettings,
     seed: int,
     axes: tuple[str, ...] = AXES,
+    target_modules: Sequence[str] = (),
 ) -> ScoreTable:
     from . import data, scoring
 
@@ -247,6 +263,7 @@ def _score(
         loaded.model,
         rule,
         sample,
+        target_modules=target_modules,
         axes=axes,
         seed=seed,
         model_source=loaded.source,
@@ -256,41 +273,127 @@ def _score(
 
 
 @command(app)
+def compare(
+    scores: Annotated[
+        list[Path],
+        typer.Argument(metavar="SCORES...", help="Files that 'rowscope score' wrote.", show_default=False),
+    ],
+    axis: Annotated[
+        str | None, typer.Option(help="row or column; by default what all files have, rows before columns.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the matrix of agreements (.png or .svg).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write: .json, every module of every pair.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how far rankings agree, and how far to trust each; one alone is compared with the weight norm."""
+    from .scoring import trust
+
+    if axis not in (None, *AXES):
+        raise unknown_name("axis", axis, AXES)
+    _check_plot(plot)
+    if out is not None and checked_output(out).suffix != ".json":
+        raise InputError(f"--out {out}: name a .json file")
+    for path in scores:
+        if scores.count(path) > 1:
+            raise InputError(f"{path} is named twice: name each file once")
+    tables = [ScoreTable.load(path) for path in scores]
+    value = trust.compare(trust.labels(tables, [str(path) for path in scores]), axis)
+    if plot is not None:
+        from .analysis import figures
+
+        figures.save(figures.agreement_matrix(value), plot)
+    if out is not None:
+        write_json(out, value)
+    console.print_comparison(value, [path for path in (out, plot) if path], as_json)
+
+
+@command(app)
 def select(
     scores: Annotated[
-        Path, typer.Argument(metavar="SCORES", help="A file that 'rowscope score' wrote.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="SCORES",
+            help="A file that 'rowscope score' wrote; or a selection, to write it in the other format.",
+            show_default=False,
+        ),
     ],
-    budget: BudgetText = "lora=16",
-    scope: Scope = "layer",
-    axis: Axis = "row",
+    choice: SelectionSettings = SelectionSettings(),  # noqa: B008 (frozen)
     out: Annotated[Path, typer.Option(help="File to write: .safetensors, or .yaml to edit.")] = Path(
         "selection.safetensors"
     ),
+    seed: Seed = 0,
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
     """Pick what to train from scores, under a budget."""
     from . import models, scoring
 
-    amount = scoring.Budget.parse(budget)
+    scoring.Budget.parse(choice.budget)
     if out.suffix not in (".safetensors", ".yaml", ".yml"):
         raise InputError(f"--out {out}: name a .safetensors or .yaml file")
     checked_output(out)
-    table = ScoreTable.load(scores)
-    loaded = models.load(table.provenance.model_source) if scope == "coupled" else None
-    selection = _select(table, amount, scope, axis, loaded)
+    if scores.suffix in (".yaml", ".yml") or (scores.is_file() and tensor_file_kind(scores) == "selection"):
+        selection = _converted(scores, choice)
+    else:
+        layer_scores = _layer_scores(choice)
+        table = ScoreTable.load(scores)
+        loaded = models.load(table.provenance.model_source) if _needs_model(choice) else None
+        selection = _select(table, choice, seed, layer_scores, loaded)
     selection.save(out)
     console.print_selection(selection, out, as_json)
 
 
-def _select(table: ScoreTable, budget: Budget, scope: str, axis: str, loaded: LoadedModel | None) -> Selection:
-    from . import scoring
+def _converted(path: Path, choice: SelectionSettings) -> Selection:
+    if choice != SelectionSettings():
+        raise InputError(f"{path} is a selection already, it is only written again: leave --budget and the like away")
+    return Selection.load(path)
 
-    if loaded is None or scope != "coupled":
-        return scoring.select(table, budget, scope=scope, axis=axis)
-    if loaded.fingerprint != table.provenance.model_fingerprint:
+
+def _needs_model(choice: SelectionSettings) -> bool:
+    return choice.scope.startswith("coupled") or choice.pick == "diverse"
+
+
+def _layer_scores(choice: SelectionSettings) -> LayerScores | None:
+    """Those that --layer-scores names; a table of scores is summed."""
+    if choice.layer_scores is None:
+        return None
+    path = Path(choice.layer_scores)
+    if path.suffix != ".safetensors":
+        return LayerScores.load(path)
+    from .scoring.layer_scores import from_rows
+
+    table = ScoreTable.load(path)
+    return from_rows(table, next(axis for axis in AXES if axis in next(iter(table.scores.values()))))
+
+
+def _select(
+    table: ScoreTable,
+    choice: SelectionSettings,
+    seed: int,
+    layer_scores: LayerScores | None,
+    loaded: LoadedModel | None,
+) -> Selection:
+    from . import scoring
+    from .scoring.vectors import weight_matrices
+
+    if loaded is not None and loaded.fingerprint != table.provenance.model_fingerprint:
         raise InputError(f"the scores are of another model than {loaded.source}: score it again")
-    return scoring.select(table, budget, scope=scope, groups=_traced(loaded.model).groups)
+    return scoring.select(
+        table,
+        scoring.Budget.parse(choice.budget),
+        scope=choice.scope,
+        axis=choice.axis,
+        pick=choice.pick,
+        groups=_traced(loaded.model).groups if loaded is not None and choice.scope.startswith("coupled") else (),
+        heads=choice.heads,
+        group_reduction=choice.group_reduction,
+        normalizer=choice.normalizer,
+        layer_scores=layer_scores,
+        layer_floor=choice.layer_floor,
+        layer_cap=choice.layer_cap,
+        vectors=weight_matrices(loaded.model) if loaded is not None else None,
+        seed=seed,
+    )
 
 
 @finetune_app.callback()
@@ -306,9 +409,7 @@ def finetune_rows(
         Path | None, typer.Option(help="What to train; without it rows are scored and selected.")
     ] = None,
     criterion: CriterionName = "taylor",
-    budget: BudgetText = "lora=16",
-    scope: Scope = "layer",
-    axis: Axis = "row",
+    choice: SelectionSettings = SelectionSettings(),  # noqa: B008 (frozen)
     calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
     training: TrainingSettings = TrainingSettings(),  # noqa: B008 (frozen)
     dtype: Dtype = "float32",
@@ -319,29 +420,33 @@ def finetune_rows(
 ) -> None:
     """Train selected rows and columns, everything else frozen; the result is a PEFT adapter in a run folder."""
     from . import scoring
-    from .scoring.selection import check_scope
 
     if resume and output_dir is None:
         raise InputError("--resume needs --output-dir: name the run folder to continue")
-    rule, amount = scoring.criterion(criterion), scoring.Budget.parse(budget)
+    rule = scoring.criterion(criterion)
+    scoring.Budget.parse(choice.budget)
     source = _data_source(data, model)
-    check_scope(scope, axis)
+    layer_scores = _layer_scores(choice)
     given = Selection.load(selection) if selection is not None else None
     what = {"model": model, "data": source, "selection": str(selection) if selection else None}
-    how = {"criterion": criterion, "budget": budget, "scope": scope, "axis": axis, "dtype": dtype}
+    how = {"criterion": criterion, "dtype": dtype} | asdict(choice) | asdict(calibration) | asdict(training)
     run = RunFolder.create(output_dir, resume=resume) if output_dir else RunFolder.next_free("rows", model)
     is_new = not any(run.root.iterdir())
     if resume and is_new:
         print(f"nothing to resume in {run.root}: starting afresh", file=sys.stderr)
     with run.removed_if_refused(is_new):
-        run.keep_config(what | how | asdict(calibration) | asdict(training))
+        run.keep_config(what | how)
         if run.is_finished():
             return console.print_run(run, as_json)
         with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
             loaded = _load_recorded(record, model, dtype, training.device)
-            if given is None:
+            if given is None and run.selection.is_file():  # an interrupted run has already selected
+                given = Selection.load(run.selection)
+            elif given is None:
                 started = time.perf_counter()
-                given = _own_selection(run, loaded, rule, source, calibration, amount, scope, axis, training.seed)
+                table = _score(loaded, rule, source, calibration, training.seed)
+                table.save(run.scores)
+                given = _select(table, choice, training.seed, layer_scores, loaded)
                 record["timings"]["score"] = time.perf_counter() - started
             _check_selection(given, loaded)
             given.save(run.selection)
@@ -371,25 +476,6 @@ def _load_recorded(record: dict[str, Any], model: str, dtype: str, device: str) 
     loaded = models.load(model, dtype=dtype, device=device)
     record["model"] = {"source": model, "fingerprint": loaded.fingerprint}
     return loaded
-
-
-def _own_selection(
-    run: RunFolder,
-    loaded: LoadedModel,
-    rule: Criterion,
-    source: str,
-    calibration: CalibrationSettings,
-    budget: Budget,
-    scope: str,
-    axis: str,
-    seed: int,
-) -> Selection:
-    """Score and select, or take what an interrupted run has already selected."""
-    if run.selection.is_file():
-        return Selection.load(run.selection)
-    table = _score(loaded, rule, source, calibration, seed)
-    table.save(run.scores)
-    return _select(table, budget, scope, axis, loaded)
 
 
 def _train_rows(
@@ -545,7 +631,7 @@ def demo(
         (
             "4/7 select coupled channels",
             run.selection,
-            lambda: select(run.scores, scope="coupled", out=run.selection),
+            lambda: select(run.scores, SelectionSettings(scope="coupled"), out=run.selection),
         ),
         (
             "5/7 finetune the selection",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +39,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    console = Screen()
+    # In a file or a pipe nothing says how wide a line may be: rich would take 80, and fold.
+    console = Screen(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
     console.print(f"[bold]{escape(title)}[/bold]", highlight=False, soft_wrap=True)
     console.print(table)
 
@@ -84,28 +87,36 @@ def print_savings(model: str, savings: Savings, as_json: bool) -> None:
 
 
 def print_scores(table: ScoreTable, out: Path, as_json: bool) -> None:
-    """Print the modules of largest mean score, and a verdict where the scores are mostly noise."""
-    provenance = table.provenance
+    """Print the modules of largest mean score, and how far to trust the ranking."""
+    from .scoring.trust import trust
+
+    found = trust(table)
     if as_json:
-        passes = {"forward_passes": provenance.forward_passes, "backward_passes": provenance.backward_passes}
-        return print_json(
-            {
-                "criterion": provenance.criterion,
-                "modules": len(table.scores),
-                **passes,
-                "signal_to_noise": provenance.signal_to_noise,
-                "scores": str(out),
-            }
-        )
-    axis = next(axis for axis in AXES if axis in next(iter(table.scores.values())))
+        return print_json({**asdict(found), "modules": len(table.scores), "scores": str(out)})
+    axis = found.axis
     means = sorted(((float(entry[axis].mean()), module) for module, entry in table.scores.items()), reverse=True)
     rows = [[module, len(table.scores[module][axis]), f"{mean:.3g}"] for mean, module in means[:10]]
-    title = f"{provenance.criterion}: the {len(rows)} modules of largest mean {axis} score"
+    title = f"{found.criterion}: the {len(rows)} modules of largest mean {axis} score"
     print_table(title, ["module", f"{axis}s", "mean score"], rows)
-    ratio = provenance.signal_to_noise
-    if ratio is not None and ratio < 1:
-        print(f"signal-to-noise {ratio:.2f}: this ranking is mostly weight magnitude; try --criterion taylor")
+    print(f"trust: {found.verdict}")
     print(f"scores of {len(table.scores)} modules: {out}")
+
+
+def print_comparison(value: Mapping[str, Any], written: Sequence[Path], as_json: bool) -> None:
+    """Print what each score table says of itself, how far pairs of them agree, and a verdict on each."""
+    from .analysis import comparison
+
+    if as_json:
+        return print_json(value)
+    title = f"{value['model']['source']}: how far to trust each ranking of {value['axis']}s"
+    print_table(title, *comparison.trust_rows(value))
+    modules = max(len(pair["modules"]) for pair in value["pairs"])
+    title = f"Agreement: median of {modules} modules / all their {value['axis']}s as one ranking"
+    print_table(title, *comparison.pair_rows(value))
+    for line in comparison.notes(value):
+        print(line)
+    for path in written:
+        print(f"{'comparison' if path.suffix == '.json' else 'figure'}: {path}")
 
 
 def print_selection(selection: Selection, out: Path, as_json: bool) -> None:

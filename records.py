@@ -7,9 +7,10 @@ the new file, or none. Formats are documented in ``docs/formats.md``; nothing el
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -191,6 +192,9 @@ class Provenance:
         forward_passes: forward passes of one batch.
         backward_passes: backward passes of one batch.
         signal_to_noise: norm of the estimated signal over the norm of its noise; None where the score is exact.
+        seconds: wall time of the scoring; None if it was not measured.
+        peak_memory: bytes above the state before the scoring, see :func:`rowscope.scoring.cost.measured`; None if it
+            is not known.
     """
 
     criterion: str
@@ -206,6 +210,22 @@ class Provenance:
     forward_passes: int = 0
     backward_passes: int = 0
     signal_to_noise: float | None = None
+    seconds: float | None = None
+    peak_memory: int | None = None
+
+    def unit_cost(self, module: str, axis: str) -> int:
+        """Weights of one row or one column of `module`."""
+        return _unit_cost(module, axis, self.shapes, self.sizes)
+
+    def lora_cost(self, module: str) -> int:
+        """Weights of a LoRA of rank 1 on `module`: A reads what a row reads, B has a weight per output feature."""
+        return self.unit_cost(module, "row") + self.shapes[module][0]
+
+
+def _unit_cost(module: str, axis: str, shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> int:
+    """Weights of one row or column: all there are, spread evenly over the rows, or over the columns."""
+    shape = shapes[module]
+    return sizes.get(module, shape[0] * shape[1]) // shape[AXES.index(axis)]
 
 
 @contextmanager
@@ -278,9 +298,10 @@ class ScoreTable:
         fields = {name: header[name] for name in Provenance.__dataclass_fields__ if name in header}
         with _damage_named(path, "score again"):
             fields["shapes"] = {module: (int(shape[0]), int(shape[1])) for module, shape in fields["shapes"].items()}
+            fields["sizes"] = {module: int(size) for module, size in fields.get("sizes", {}).items()}
             fields["layers"] = [str(layer) for layer in fields["layers"]]
-            ratio = fields.get("signal_to_noise")
-            fields["signal_to_noise"] = None if ratio is None else float(ratio)
+            for name, kind in (("signal_to_noise", float), ("seconds", float), ("peak_memory", int)):
+                fields[name] = None if fields.get(name) is None else kind(fields[name])
             provenance = Provenance(**fields)
         read = {prefix: _unflatten(f"{prefix}/", tensors, provenance.shapes) for prefix in cls._PREFIXES}
         halves = (read["halves/a"], read["halves/b"])
@@ -302,15 +323,20 @@ class Selection:
         indices: module -> axis -> sorted, unique 1-D int64. Modules by their names in the unwrapped model.
         shapes: module -> ``(out_features, in_features)`` of every module in `indices`.
         model_fingerprint: of the model the indices belong to.
-        origin: how the selection was made (criterion, budget, scope), for people.
+        origin: how the selection was made (criterion, budget, scope, …), for people.
+        sizes: module -> number of its weights, where that is not ``out_features * in_features`` (convolutions).
     """
 
     indices: AxisTensors
     shapes: dict[str, tuple[int, int]]
     model_fingerprint: str = ""
     origin: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for module, size in self.sizes.items():
+            if size < 1:
+                raise InputError(f"selection: module {module!r} has {size} weights: mend it under 'sizes'")
         for module, axes in self.indices.items():
             if not isinstance(module, str) or not axes:
                 raise InputError(f"selection: {module!r} trains nothing: give it 'row: [...]', or leave it out")
@@ -331,9 +357,9 @@ class Selection:
             raise InputError(f"selection: {module!r} {axis} indices must be sorted and unique")
 
     def trainable_parameters(self) -> int:
-        """How many weights are trained: a row costs ``in_features``, a column ``out_features``."""
+        """How many weights are trained: of a linear layer a row has ``in_features``, a column ``out_features``."""
         return sum(
-            index.numel() * self.shapes[module][1 - AXES.index(axis)]
+            index.numel() * _unit_cost(module, axis, self.shapes, self.sizes)
             for module, axes in self.indices.items()
             for axis, index in axes.items()
         )
@@ -344,7 +370,7 @@ class Selection:
             "model_fingerprint": self.model_fingerprint,
             "origin": self.origin,
             "shapes": {module: list(shape) for module, shape in self.shapes.items()},
-        }
+        } | ({"sizes": self.sizes} if self.sizes else {})
         if path.suffix in (".yaml", ".yml"):
             rows = {
                 module: {axis: index.tolist() for axis, index in axes.items()} for module, axes in self.indices.items()
@@ -381,4 +407,59 @@ class Selection:
             ) from None
         with _damage_named(path, "select again"):
             origin = {str(name): str(value) for name, value in (header.get("origin") or {}).items()}
-            return cls(indices, shapes, str(header.get("model_fingerprint") or ""), origin)
+            sizes = {str(module): int(size) for module, size in (header.get("sizes") or {}).items()}
+            return cls(indices, shapes, str(header.get("model_fingerprint") or ""), origin, sizes)
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """One importance per decoder/encoder block; made from the scores of rows, by a probe, or while training.
+
+    Attributes:
+        scores: name of the block -> a finite, non-negative number, in the model's order.
+        criterion: what made them, with its settings, e.g. ``rows:taylor``.
+        model_source: hub id, folder or ``demo``.
+        model_fingerprint: SHA-256 of the source checkpoint.
+        data_source: dataset the scores were made on; empty for criteria without data.
+        data_fingerprint: SHA-256 of the token ids and labels; empty for criteria without data.
+        seed: of everything random in them.
+        forward_passes: forward passes of one batch.
+        backward_passes: backward passes of one batch.
+        noise: block -> standard error of its score; empty where the score is exact.
+    """
+
+    scores: dict[str, float]
+    criterion: str
+    model_source: str = ""
+    model_fingerprint: str = ""
+    data_source: str = ""
+    data_fingerprint: str = ""
+    seed: int = 0
+    forward_passes: int = 0
+    backward_passes: int = 0
+    noise: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise InputError("there are no layer scores: score the layers again")
+        for layer, number in [*self.scores.items(), *self.noise.items()]:
+            if layer not in self.scores or not (math.isfinite(number) and number >= 0):
+                raise InputError(f"layer scores: {layer!r} has {number}: a layer has a finite number from 0 up")
+
+    def save(self, path: Path) -> None:
+        """Write ``layer_scores.json``."""
+        write_json(path, {"kind": "layer_scores", **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> LayerScores:
+        """Read ``layer_scores.json``. Raises InputError if it is no such file."""
+        value = read_json(path)
+        if value.get("kind") != "layer_scores":
+            raise InputError(f"{path} holds no layer scores ('kind: layer_scores' is missing): name another file")
+        with _damage_named(path, "score the layers again"):
+            fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
+            for name in ("scores", "noise"):
+                fields[name] = {str(layer): float(number) for layer, number in fields.get(name, {}).items()}
+            for name in ("seed", "forward_passes", "backward_passes"):
+                fields[name] = int(fields.get(name, 0))
+            return cls(**fields)

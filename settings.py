@@ -11,6 +11,11 @@ from .errors import InputError, unknown_name
 
 T = TypeVar("T")
 SEEDS = 2**32
+SCOPES = ("layer", "global", "coupled", "coupled-global")
+AXIS_CHOICES = ("row", "column", "auto")
+PICKS = ("top", "sample", "diverse", "random")
+REDUCTIONS = ("sum", "mean", "max")
+NORMALIZERS = ("mean", "max", "sum", "standarization", "none")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -41,6 +46,45 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         check_minimums(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionSettings:
+    """What of a table of scores is trained; see :func:`rowscope.scoring.select`."""
+
+    budget: str = setting(
+        "lora=16",
+        "rank=K units each; ratio=R of them; params=80M weights; lora=R: what a LoRA of rank R costs; memory=24GiB.",
+    )
+    scope: str = setting(
+        "layer",
+        "layer: within each module; global: all modules compete; coupled: channels of coupled groups, within each "
+        "group; coupled-global: all groups compete.",
+    )
+    axis: str = setting("row", "row, column, or auto: columns where a module has more inputs than outputs.")
+    pick: str = setting("top", "top: largest scores; sample: in proportion to them; diverse; random: a control.")
+    layer_scores: str | None = setting(
+        None, "Layer scores (.json), or scores to sum, by which the budget is divided between the layers."
+    )
+    layer_floor: float = setting(0.25, "With layer scores: no layer gets less than this share of an even one.")
+    layer_cap: float = setting(4.0, "With layer scores: no layer gets more than this many times an even share.")
+    group_reduction: str = setting("mean", "sum, mean or max over a coupled group's members, as in Torch-Pruning.")
+    normalizer: str = setting(
+        "mean", "mean, max, sum, standarization or none: makes scores comparable where modules compete."
+    )
+    heads: bool = setting(False, "With --scope coupled: attention goes by whole heads, queries to output.")
+
+    def __post_init__(self) -> None:
+        known = {"scope": SCOPES, "axis": AXIS_CHOICES, "pick": PICKS, "normalizer": NORMALIZERS}
+        for name, choices in (known | {"group_reduction": REDUCTIONS}).items():
+            if getattr(self, name) not in choices:
+                raise unknown_name(name.replace("_", " "), getattr(self, name), choices)
+        if self.heads and not self.scope.startswith("coupled"):
+            raise InputError(f"whole heads are coupled: --heads needs --scope coupled, not {self.scope}")
+        if not (0 <= self.layer_floor <= 1 <= self.layer_cap < math.inf):
+            raise InputError(
+                f"layer_floor={self.layer_floor}, layer_cap={self.layer_cap}: use a floor from 0 to 1, a cap from 1 up"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -34,6 +35,8 @@ WARM = "#c9702b"
 WIDTH = 5.4  # inches; one column of the report
 MOST_ANNOTATED = 120  # cells; more numbers than this are a texture, not a text
 MOST_TICKS = 24
+OUTSIDE = "other"
+"""The row of modules outside all layers."""
 LOG_TICKS = [digit * 10.0**power for power in range(-4, 5) for digit in (1, 2, 5)]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -72,34 +75,55 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure]:
     return draw_styled
 
 
-def grid(names: Sequence[str], layers: Sequence[str]) -> tuple[list[str], dict[str, tuple[int, int]]]:
+@dataclass(frozen=True)
+class Grid:
+    """Modules placed in rows (layers) and columns (modules within the layer).
+
+    Attributes:
+        rows: the layers, and :data:`OUTSIDE` as the last where modules are outside all of them; of a model without
+            layers, what the modules are part of.
+        columns: names of modules within a layer, in order of appearance.
+        places: module -> (row, column).
+    """
+
+    rows: list[str]
+    columns: list[str]
+    places: dict[str, tuple[int, int]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, columns)``."""
+        return len(self.rows), len(self.columns)
+
+
+def grid(names: Sequence[str], layers: Sequence[str]) -> Grid:
     """Place modules on a grid of layers by modules within the layer.
 
-    Experts of one layer share a column (``experts.*``). Modules outside any layer are left out.
-
-    Returns:
-        the column names in order of appearance, and module -> (row, column) of the grid.
+    Experts of one layer share a column (``experts.*``), and so do modules of one name outside all layers.
     """
+    home = {name: next((layer for layer in layers if name.startswith(f"{layer}.")), None) for name in names}
+    inside = [name for name in names if home[name] is not None]
+    rows = {layer: number for number, layer in enumerate(layers)} if inside else {}
     columns: dict[str, int] = {}
     places: dict[str, tuple[int, int]] = {}
+    for name in inside:
+        suffix = name[len(home[name] or "") + 1 :]
+        if "experts" in suffix:
+            suffix = re.sub(r"\.\d+(?=\.|$)", ".*", suffix)
+        places[name] = (rows[home[name] or ""], columns.setdefault(suffix, len(columns)))
     for name in names:
-        for row, layer in enumerate(layers):
-            if name.startswith(f"{layer}."):
-                suffix = name[len(layer) + 1 :]
-                if "experts" in suffix:
-                    suffix = re.sub(r"\.\d+(?=\.|$)", ".*", suffix)
-                places[name] = (row, columns.setdefault(suffix, len(columns)))
-                break
-    return list(columns), places
+        if home[name] is None:
+            parent, _, last = name.rpartition(".")
+            row = OUTSIDE if layers else parent or OUTSIDE
+            places[name] = (rows.setdefault(row, len(rows)), columns.setdefault(last, len(columns)))
+    return Grid(list(rows), list(columns), places)
 
 
-def heatmap(
-    values: np.ndarray, layers: Sequence[str], columns: list[str], norm: Normalize, label: str, missing: np.ndarray
-) -> Figure:
-    """Draw cells by `norm` with cividis; hatch what is NaN, leave `missing` cells empty."""
+def heatmap(values: np.ndarray, layout: Grid, norm: Normalize, label: str, missing: np.ndarray) -> Figure:
+    """Draw the cells of `layout` by `norm` with cividis; hatch what is NaN, leave `missing` cells empty."""
     rows, width = values.shape
     cell = 0.27 if rows <= MOST_TICKS else max(0.09, 6.5 / rows)
-    figure = Figure(figsize=(WIDTH, 1.75 + cell * max(rows, 1)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.75 + cell * max(rows, 2)), layout="constrained")
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["cividis"]
     axes.pcolormesh(np.ma.masked_invalid(values), cmap=colours, norm=norm, edgecolors="face", linewidth=0.2)
@@ -112,13 +136,18 @@ def heatmap(
             axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
         if annotate or not math.isfinite(value):
             cell_text(axes, column, row, value, colours, norm)
-    layer_ticks(axes, layers)
-    axes.set_xticks(np.arange(width) + 0.5, columns, rotation=40, ha="right", rotation_mode="anchor")
+    layer_ticks(axes, layout.rows)
+    axes.set_xticks(np.arange(width) + 0.5, layout.columns, rotation=40, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.invert_yaxis()
     bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=axes, location="bottom", fraction=0.05, aspect=40, pad=0.02
+        ScalarMappable(norm, colours),
+        ax=axes,
+        location="bottom",
+        fraction=0.05 if rows > 4 else 0.12,
+        aspect=40,
+        pad=0.02,
     )
     bar.outline.set_visible(False)
     bar.set_label(label)
@@ -129,24 +158,31 @@ def heatmap(
     return figure
 
 
-def cell_text(axes: Axes, column: int, row: int, value: float, colours: Colormap, norm: Normalize) -> None:
+def cell_text(
+    axes: Axes, column: int, row: int, value: float, colours: Colormap, norm: Normalize, text: str | None = None
+) -> None:
+    """Write a cell's value, or `text`, into it, in black or white as its colour asks."""
     colour = INK
     if math.isfinite(value):
         red, green, blue, _ = colours(norm(value))
         colour = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000000"
-    text = short(value) if math.isfinite(value) else "NaN"
+    text = text or (short(value) if math.isfinite(value) else "NaN")
     axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
 def layer_ticks(axes: Axes, layers: Sequence[str]) -> None:
-    parts = [layer.split(".") for layer in layers]
+    """Name the rows of a heat map, every one or every few; what all layers' names start with is left away."""
+    parts = [layer.split(".") for layer in layers if layer != OUTSIDE]
     shared = 0
     while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
         shared += 1
     names = [".".join(part[shared:]) for part in parts]
-    step = math.ceil(len(layers) / MOST_TICKS) if layers else 1
-    axes.set_yticks(np.arange(0, len(layers), step) + 0.5, names[::step])
-    axes.set_ylabel("layer")
+    step = math.ceil(len(names) / MOST_TICKS) if names else 1
+    inside = [row for row, layer in enumerate(layers) if layer != OUTSIDE]
+    ticks = {row + 0.5: name for row, name in zip(inside[::step], names[::step], strict=True)}
+    ticks |= {row + 0.5: OUTSIDE for row, layer in enumerate(layers) if layer == OUTSIDE}
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.set_ylabel("layer" if inside else "")
 
 
 def short(value: float) -> str:

@@ -16,8 +16,8 @@ from .._version import VERSION
 from ..errors import InputError
 from ..records import AXES, ScoreTable, Selection, checked_output, read_json, read_yaml, tensor_file_kind, write_text
 from ..runs import RunFolder
-from ..scoring.agreement import agreement, norm_agreement, split_half
-from . import figures
+from ..scoring.trust import compare, labels
+from . import comparison, figures
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Contents:
     record: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     tables: list[ScoreTable] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # the file of each table
+    comparison: dict[str, Any] = field(default_factory=dict)
     selection: Selection | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -63,15 +65,15 @@ class Contents:
 
 
 def render(paths: Sequence[Path], out: Path) -> Path:
-    """Write the page about run folders, scores, selections, memory and evaluation files, in any mix.
+    """Write the page about run folders, scores, selections, comparisons, memory and evaluation files, in any mix.
 
-    The figures of a run folder are also written there as PNG.
+    Score files of one model share a chapter. The figures of a run folder are also written there as PNG.
 
     Raises:
         InputError: if a path does not exist, is none of these, or is damaged; nothing is written then.
     """
     checked_output(out)
-    contents = [_read(path) for path in paths]
+    contents = _joined([_read(path) for path in dict.fromkeys(paths)])
     writer = FigureWriter()
     chapters = [(entry.name, _chapter(entry, writer)) for entry in contents]
     environment = jinja2.Environment(
@@ -82,9 +84,9 @@ def render(paths: Sequence[Path], out: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     title = contents[0].name if len(contents) == 1 else f"{len(contents)} results"
-    comparison = _comparison(contents) if len(contents) > 1 else None
+    results = _results(contents) if len(contents) > 1 and any(entry.record for entry in contents) else None
     page = environment.get_template("report.html.j2").render(
-        title=title, chapters=chapters, comparison=comparison, version=VERSION
+        title=title, chapters=chapters, results=results, version=VERSION
     )
     for entry in contents:
         if entry.run is not None:
@@ -129,7 +131,7 @@ def _read(path: Path) -> Contents:
     if not path.is_file():
         raise InputError(f"{path} does not exist: name a run folder or a file that rowscope wrote")
     if path.suffix == ".safetensors" and tensor_file_kind(path) == "scores":
-        return Contents(str(path), tables=[ScoreTable.load(path)])
+        return Contents(str(path), tables=[ScoreTable.load(path)], sources=[str(path)])
     if path.suffix in (".safetensors", ".yaml", ".yml"):
         return Contents(str(path), selection=Selection.load(path))
     value = read_json(path)
@@ -137,11 +139,27 @@ def _read(path: Path) -> Contents:
         return Contents(str(path), memory=value)
     if "results" in value:
         return Contents(str(path), evaluation=value)
-    raise InputError(f"{path} holds neither memory nor an evaluation: name a run folder or a file of one")
+    if "pairs" in value:
+        return Contents(str(path), comparison=value)
+    raise InputError(f"{path} holds no memory, evaluation or comparison: name a run folder or a file of one")
+
+
+def _joined(contents: list[Contents]) -> list[Contents]:
+    """Bare score files of one model become one entry, in the place of the first."""
+    joined: dict[str, Contents] = {}
+    for entry in contents:
+        bare = entry.run is None and entry.tables
+        home = joined.setdefault(entry.tables[0].provenance.model_fingerprint if bare else entry.name, entry)
+        if home is not entry:
+            home.tables += entry.tables
+            home.sources += entry.sources
+            home.name = f"{len(home.tables)} score tables of {home.tables[0].provenance.model_source}"
+    return list(joined.values())
 
 
 def _read_run(run: RunFolder) -> Contents:
-    tables = [ScoreTable.load(path) for path in run.score_tables()]
+    files = run.score_tables()
+    tables = [ScoreTable.load(path) for path in files]
     if not run.run.is_file() and not tables:
         raise InputError(f"{run.root} is no run folder: it holds neither run.json nor scores.safetensors")
     return Contents(
@@ -150,6 +168,7 @@ def _read_run(run: RunFolder) -> Contents:
         record=read_json(run.run) if run.run.is_file() else {},
         config=read_yaml(run.config) if run.config.is_file() else {},
         tables=tables,
+        sources=[path.name for path in files],
         selection=Selection.load(run.selection) if run.selection.is_file() else None,
         log=run.read_log(),
         memory=read_json(run.memory) if run.memory.is_file() else {},
@@ -275,53 +294,31 @@ def _scores(entry: Contents, writer: FigureWriter) -> Section:
 
 def _trust(entry: Contents, writer: FigureWriter) -> Section:
     section = Section("How far to trust the scores")
-    if not entry.tables:
+    value = entry.comparison
+    if entry.tables:
+        try:
+            value = compare(labels(entry.tables, entry.sources))
+        except InputError as error:
+            section.text.append(f"The scores are not compared: {error}.")
+    if not value:
         return section
-    section.tables.append(_trust_table(entry.tables))
-    axis = next(axis for axis in AXES if axis in next(iter(entry.tables[0].scores.values())))
-    for other in entry.tables[1:]:
-        section.text.append(_verdict(entry.tables[0], other, axis))
-    if len(entry.tables) > 1:
-        figure = figures.agreement_matrix(entry.tables, axis)
-        caption = f"Rank agreement of {axis} scores, median over modules; below the diagonal without the weight norm."
+    section.text += [*comparison.notes(value), *comparison.pair_sentences(value)]
+    caption = (
+        f"Of the {value['axis']}s; medians over modules. Passes: forward + backward. Memory: peak above the state "
+        "before. Stability: would other data give the same ranking? Beyond ‖w‖: the same with the weight norm "
+        "partialled out. Like ‖w‖: near 1, the ranking says little that the norm does not say for free."
+    )
+    section.tables.append(Table(*comparison.trust_rows(value), caption))
+    caption = (
+        f"Agreement: median over modules / of all their {value['axis']}s as one ranking. Spearman, Kendall's tau, "
+        "Spearman with the weight norm partialled out, and the share of one's top tenth that is in the other's."
+    )
+    section.tables.append(Table(*comparison.pair_rows(value), caption))
+    if len(value["tables"]) > 1:
+        figure = figures.agreement_matrix(value)
+        caption = f"Rank agreement of {value['axis']} scores, median over modules; framed: each ranking's stability."
         section.pictures.append(writer.picture(entry, "agreement", figure, caption))
     return section
-
-
-def _trust_table(tables: list[ScoreTable]) -> Table:
-    rows = []
-    for table in tables:
-        axis = next(axis for axis in AXES if axis in next(iter(table.scores.values())))
-        provenance = table.provenance
-        rows.append(
-            [
-                provenance.criterion,
-                f"{provenance.forward_passes:,} + {provenance.backward_passes:,}",
-                _number(split_half(table, axis)),
-                _number(norm_agreement(table, axis)),
-                "exact" if provenance.signal_to_noise is None else _number(provenance.signal_to_noise),
-            ]
-        )
-    caption = (
-        "Stability: would the same ranking come out of other data? Likeness to the weight norm: near 1, the ranking "
-        "says little that the weights' size does not say for free. Medians over modules of rank correlations."
-    )
-    columns = ["criterion", "passes, forward + backward", "stability", "likeness to weight norm", "signal to noise"]
-    return Table(columns, rows, caption)
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f}"
-
-
-def _verdict(first: ScoreTable, second: ScoreTable, axis: str) -> str:
-    pair = agreement(first, second, axis)
-    names = f"{second.provenance.criterion} agrees with {first.provenance.criterion}"
-    text = f"{names} at Spearman {pair.median_spearman:.2f}, but {pair.median_partial:.2f} without the weight norm"
-    if pair.median_spearman > 0.3 and pair.median_partial < 0.5 * pair.median_spearman:
-        return f"{text}: what they share is mostly the size of the weights."
-    alike = "they rank the rows much alike" if pair.median_partial > 0.6 else "they rank the rows differently"
-    return f"{text}: {alike}."
 
 
 def _reproduce(entry: Contents, _: FigureWriter) -> Section:
@@ -336,17 +333,31 @@ def _reproduce(entry: Contents, _: FigureWriter) -> Section:
     rows += [[name.replace("_", " "), str(value)] for name, value in entry.config.items() if value is not None]
     if rows:
         section.tables.append(Table(["", "value"], rows))
+    if entry.tables:
+        rows = [_origin(table, source) for table, source in zip(entry.tables, entry.sources, strict=True)]
+        columns = ["scores", "file", "modules", "weights", "data", "data fingerprint", "seed"]
+        section.tables.append(Table(columns, rows, "Where the scores come from."))
     return section
+
+
+def _origin(table: ScoreTable, source: str) -> list[str]:
+    provenance = table.provenance
+    dtypes = sorted({provenance.dtypes[module] for module in table.scores})
+    data = [provenance.data_source or "given in Python", provenance.data_fingerprint[:12]]
+    data = data if provenance.data_fingerprint else ["none", "-"]
+    return [provenance.criterion, source, str(len(table.scores)), ", ".join(dtypes), *data, str(provenance.seed)]
 
 
 def _identity(entry: Contents) -> dict[str, str]:
     if entry.tables:
         provenance = entry.tables[0].provenance
         return {"source": provenance.model_source, "fingerprint": provenance.model_fingerprint}
+    if entry.comparison:
+        return dict(entry.comparison["model"])
     return {"fingerprint": entry.selection.model_fingerprint} if entry.selection else {}
 
 
-def _comparison(contents: list[Contents]) -> Table:
+def _results(contents: list[Contents]) -> Table:
     """One line a result: what a reader compares first."""
     rows = []
     for entry in contents:

@@ -7,11 +7,11 @@ given with the weight norm partialled out, and every ranking can be compared wit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import kendalltau, rankdata, spearmanr
 
 from ..errors import InputError
 from ..records import AxisTensors, ScoreTable
@@ -22,35 +22,43 @@ Vector = np.ndarray
 
 
 @dataclass(frozen=True)
+class Measures:
+    """How far two rankings agree; every value is 0.0 where a ranking is constant.
+
+    Attributes:
+        spearman: Spearman's rank correlation, -1 to 1.
+        kendall: Kendall's tau-b, -1 to 1: of all pairs of rows, those ordered alike minus those ordered otherwise.
+        partial: Spearman with the weight norm partialled out, -1 to 1, see :func:`partial_spearman`.
+        overlap: share of the top tenth of one that is in the top tenth of the other, 0 to 1.
+    """
+
+    spearman: float
+    kendall: float
+    partial: float
+    overlap: float
+
+    @classmethod
+    def of(cls, a: Vector, b: Vector, norm: Vector) -> Measures:
+        """Measure two score vectors and the norms of the same rows."""
+        return cls(spearman(a, b), kendall(a, b), partial_spearman(a, b, norm), top_overlap(a, b))
+
+
+@dataclass(frozen=True)
 class Agreement:
-    """Agreement of two score tables along one axis, per module; all values are 0.0 where a ranking is constant.
+    """Agreement of two score tables along one axis.
 
     Attributes:
         axis: ``row`` or ``column``.
-        spearman: module -> Spearman's rank correlation, -1 to 1.
-        partial: module -> the same with the weight norm partialled out, see :func:`partial_spearman`.
-        overlap: module -> share of the top tenth of one table that is in the top tenth of the other, 0 to 1.
+        modules: module -> its agreement.
+        median: the median over the modules, measure by measure.
+        overall: of the rows of all modules in one ranking, each score and norm divided by its module's mean, so that
+            modules whose scores are large as numbers do not lead.
     """
 
     axis: str
-    spearman: dict[str, float]
-    partial: dict[str, float]
-    overlap: dict[str, float]
-
-    @property
-    def median_spearman(self) -> float:
-        """Median of `spearman` over the modules."""
-        return median(self.spearman.values())
-
-    @property
-    def median_partial(self) -> float:
-        """Median of `partial` over the modules."""
-        return median(self.partial.values())
-
-    @property
-    def median_overlap(self) -> float:
-        """Median of `overlap` over the modules."""
-        return median(self.overlap.values())
+    modules: dict[str, Measures]
+    median: Measures
+    overall: Measures
 
 
 def agreement(a: ScoreTable, b: ScoreTable, axis: str) -> Agreement:
@@ -61,37 +69,55 @@ def agreement(a: ScoreTable, b: ScoreTable, axis: str) -> Agreement:
     Raises:
         InputError: if the tables belong to different models or have no module in common along `axis`.
     """
-    if a.provenance.model_fingerprint != b.provenance.model_fingerprint:
-        raise InputError(
-            f"scores of {a.provenance.model_source} and of {b.provenance.model_source} belong to different models: "
-            "compare score tables of one model"
-        )
-    result = Agreement(axis, {}, {}, {})
-    for module, (first, second, norm) in _common(axis, a.scores, b.scores, a.weight_norm):
-        result.spearman[module] = spearman(first, second)
-        result.partial[module] = partial_spearman(first, second, norm)
-        result.overlap[module] = top_overlap(first, second)
-    if not result.spearman:
+    check_same_model(a, b)
+    vectors = dict(_common(axis, a.scores, b.scores, a.weight_norm))
+    if not vectors:
         raise InputError(
             f"{a.provenance.criterion} and {b.provenance.criterion} have no {axis} scores in common: "
             f"score both along the {axis} axis"
         )
-    return result
+    modules = {module: Measures.of(*entry) for module, entry in vectors.items()}
+    names = [name.name for name in fields(Measures)]
+    middle = {name: median(getattr(values, name) for values in modules.values()) for name in names}
+    pooled = [np.concatenate(parts) for parts in zip(*map(_relative, vectors.values()), strict=True)]
+    return Agreement(axis, modules, Measures(**middle), Measures.of(*pooled))
 
 
-def split_half(table: ScoreTable, axis: str) -> float | None:
+def check_same_model(a: ScoreTable, b: ScoreTable) -> None:
+    """Raise an InputError unless both tables are of one model: its fingerprint, and the shapes of common modules."""
+    first, second = a.provenance, b.provenance
+    common = first.shapes.keys() & second.shapes.keys()
+    if first.model_fingerprint != second.model_fingerprint or any(
+        first.shapes[module] != second.shapes[module] for module in common
+    ):
+        raise InputError(
+            f"scores of {first.model_source} and of {second.model_source} belong to different models: "
+            "compare score tables of one model"
+        )
+
+
+def split_half(table: ScoreTable, axis: str, beyond_norm: bool = False) -> float | None:
     """Reliability of a table: Spearman between its two halves, Spearman-Brown corrected, median over modules.
 
     Each half sees half the data, so its ranking is noisier than the whole table's. The Spearman-Brown formula
     ``2r / (1 + r)`` estimates the reliability of the whole (Spearman 1910; Brown 1910); it holds for r >= 0, and a
     negative r is returned as it is.
 
+    Args:
+        table: the scores.
+        axis: ``row`` or ``column``.
+        beyond_norm: with the weight norm partialled out of both halves. Pure noise times the weights is stable as a
+            ranking, since the weights stay what they are; beyond their norm it is not.
+
     Returns:
         the reliability, at most 1; None if the table keeps no halves along `axis`.
     """
     if not table.halves:
         return None
-    correlations = [spearman(first, second) for _, (first, second) in _common(axis, *table.halves)]
+    correlations = [
+        partial_spearman(first, second, norm) if beyond_norm else spearman(first, second)
+        for _, (first, second, norm) in _common(axis, *table.halves, table.weight_norm)
+    ]
     return median(2 * r / (1 + r) if r > 0 else r for r in correlations) if correlations else None
 
 
@@ -109,6 +135,13 @@ def spearman(a: Vector, b: Vector) -> float:
     if len(a) < 2 or _constant(a) or _constant(b):
         return 0.0
     return float(spearmanr(a, b).statistic)
+
+
+def kendall(a: Vector, b: Vector) -> float:
+    """Kendall's tau-b, which counts ties; 0.0 if either is constant or shorter than two."""
+    if len(a) < 2 or _constant(a) or _constant(b):
+        return 0.0
+    return float(kendalltau(a, b).statistic)
 
 
 def partial_spearman(a: Vector, b: Vector, norm: Vector) -> float:
@@ -151,6 +184,11 @@ def _residual(ranks: Vector, by: Vector) -> Vector:
     residual = ranks - (ranks @ by) / (by @ by) * by
     # A fully explained ranking leaves residuals of rounding only, whose correlation would be noise.
     return residual if residual @ residual > 1e-12 * (ranks @ ranks) else np.zeros_like(ranks)
+
+
+def _relative(vectors: list[Vector]) -> list[Vector]:
+    """Each vector divided by its mean, unless that is 0."""
+    return [vector / (vector.mean() or 1.0) if len(vector) else vector for vector in vectors]
 
 
 def _common(axis: str, *tables: AxisTensors) -> Iterator[tuple[str, list[Vector]]]:

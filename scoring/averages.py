@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..records import AxisTensors
@@ -22,13 +23,15 @@ class HalfMeans:
     def means(self, count: int) -> tuple[AxisTensors, tuple[AxisTensors, AxisTensors] | tuple[()]]:
         """Means over `count` batches, and over each half of them (none if there is one batch only)."""
         first, second = self.sums
+        if count == 1:
+            return first, ()
+        for entries, others in ((first, second), (second, first)):
+            for name in others.keys() - entries.keys():  # an expert that no token of a half came to, say
+                entries[name] = {axis: torch.zeros_like(total) for axis, total in others[name].items()}
         both = {
-            name: {axis: (total + second[name][axis] if second else total) / count for axis, total in entry.items()}
-            for name, entry in first.items()
+            name: {axis: total + second[name][axis] for axis, total in axes.items()} for name, axes in first.items()
         }
-        if not second:
-            return both, ()
-        return both, (_divided(first, (count + 1) // 2), _divided(second, count // 2))
+        return _divided(both, count), (_divided(first, (count + 1) // 2), _divided(second, count // 2))
 
 
 def _divided(sums: AxisTensors, count: int) -> AxisTensors:

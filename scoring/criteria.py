@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import data, models, settings
 from ..errors import InputError
 from ..records import AXES, AxisTensors, Provenance, ScoreTable
+from .cost import measured
 from .losses import Batch, Loss, evaluate, model_loss, model_loss_parts
 from .weights import Weight, scored_weights
 
@@ -117,7 +118,7 @@ def score(
     weights = scored_weights(model, target_modules)
     if rule.needs_data and not batches:
         raise InputError(f"criterion {rule.name} needs data: name some with --data")
-    with evaluating(model):
+    with evaluating(model), measured(model) as cost:
         found = rule.measure(Task(model, weights, batches, seed, loss))
     provenance = Provenance(
         criterion=settings.spell(rule.name, rule),
@@ -133,6 +134,8 @@ def score(
         forward_passes=found.forward_passes,
         backward_passes=found.backward_passes,
         signal_to_noise=found.signal_to_noise,
+        seconds=cost.seconds,
+        peak_memory=cost.peak_memory,
     )
     norms = {name: weight.reduce(weight.values().square(), torch.sqrt) for name, weight in weights.items()}
     keep = _keep(list(weights), axes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,35 +26,47 @@ def streamed(model: nn.Module, weights: Mapping[str, Weight], receive: Receiver)
     that of a forward pass, the blocks' inputs, one block's activations and one weight's gradient.
     """
 
-    def hook(weight: Weight) -> Callable[[Tensor], None]:
-        def reduce(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            receive(weight, parameter.grad)
-            parameter.grad = None
-
-        return reduce
-
-    full = [weight for weight in weights.values() if not weight.is_quantised]
-    quantised = [weight for weight in weights.values() if weight.is_quantised]
     with ExitStack() as stack:
-        stack.enter_context(_only_trainable(model, [weight.parameter for weight in full]))
-        stack.enter_context(_recomputed(models.layers(model).values()))
-        for weight in full:
-            stack.callback(weight.parameter.register_post_accumulate_grad_hook(hook(weight)).remove)
-        for weight in quantised:
-            stack.callback(weight.module.register_forward_hook(_tapped(weight, receive)).remove)
-        if quantised:
+        stack.enter_context(only_trainable(model, weights.values()))
+        stack.enter_context(overridden(models.layers(model).values(), _checkpointed))
+        stack.enter_context(received(weights.values(), receive))
+        if any(weight.is_quantised for weight in weights.values()):
             # Nothing before the first quantised layer may require gradients: give the graph a beginning.
             first = next(iter(models.layers(model).values()), model)
-            stack.callback(first.register_forward_pre_hook(_require_gradients, with_kwargs=True).remove)
+            stack.callback(first.register_forward_pre_hook(require_gradients, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within it exactly `parameters` require gradients; afterwards flags and gradients are as before."""
+def received(weights: Iterable[Weight], receive: Receiver) -> Iterator[None]:
+    """Within it, whatever graph is run backward, each weight's gradient is handed to `receive` and freed."""
+    with ExitStack() as stack:
+        sharing: dict[nn.Parameter, list[Weight]] = {}  # an embedding and a head may be one parameter
+        for weight in weights:
+            if weight.is_quantised:
+                stack.callback(weight.module.register_forward_hook(_tapped(weight, receive)).remove)
+            else:
+                sharing.setdefault(weight.parameter, []).append(weight)
+        for parameter, owners in sharing.items():
+            stack.callback(parameter.register_post_accumulate_grad_hook(_handing_on(owners, receive)).remove)
+        yield
+
+
+def _handing_on(owners: Sequence[Weight], receive: Receiver) -> Callable[[Tensor], None]:
+    def hand_on(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        for weight in owners:
+            receive(weight, parameter.grad)
+        parameter.grad = None
+
+    return hand_on
+
+
+@contextmanager
+def only_trainable(model: nn.Module, weights: Iterable[Weight]) -> Iterator[None]:
+    """Within it exactly the full ones among `weights` require gradients; then flags and gradients are as before."""
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    wanted = set(parameters)
+    wanted = {weight.parameter for weight in weights if not weight.is_quantised}
     for parameter in before:
         parameter.requires_grad_(parameter in wanted)
         parameter.grad = None
@@ -67,18 +79,22 @@ def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Ite
 
 
 @contextmanager
-def _recomputed(blocks: Any) -> Iterator[None]:
-    """Within it each block keeps its inputs only, and runs again in the backward pass."""
-    changed = []
+def overridden(
+    modules: Iterable[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within it each module's forward is ``wrap(forward)``."""
+    changed: list[tuple[nn.Module, Callable[..., Any] | None]] = []
     try:
-        for block in blocks:
-            original = block.forward
-            block.forward = _checkpointed(original)
-            changed.append(block)
+        for module in modules:
+            changed.append((module, module.__dict__.get("forward")))  # accelerate's hooks, if any, live there
+            module.forward = wrap(module.forward)
         yield
     finally:
-        for block in changed:
-            del block.forward  # the class's own is seen again
+        for module, own in changed:
+            if own is None:
+                del module.forward  # the class's own is seen again
+            else:
+                module.forward = own
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +121,9 @@ def _tapped(weight: Weight, receive: Receiver) -> Callable[..., Tensor]:
     return lambda _, inputs, output: _WeightGradient.apply(output, inputs[0].detach(), weight, receive)
 
 
-def _require_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def require_gradients(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook: what comes in becomes the beginning of the graph."""
+
     def required(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
         return value.detach().requires_grad_() if floating else value

@@ -118,7 +118,7 @@ def scored_weights(model: nn.Module, target_modules: Sequence[str] = ()) -> dict
         wanted = {
             name
             for name, weight in found.items()
-            if not isinstance(weight.module, nn.Embedding) and (not blocks or name.startswith(blocks))
+            if not isinstance(weight.module, nn.Embedding) and (not blocks or f"{name}.".startswith(blocks))
         }
     weights = {name: weight for name, weight in found.items() if name in wanted}
     if not weights:

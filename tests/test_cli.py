@@ -1,5 +1,6 @@
 """The command line: every command works on the demo, and wrong input gets one line and exit status 2."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ import torch
 from rowscope import ScoreTable, Selection, cli
 from rowscope.demo import MODEL_FOLDER
 from rowscope.graph import read_groups
-from rowscope.records import read_json, read_yaml
+from rowscope.records import LayerScores, read_json, read_yaml
 from rowscope.runs import RunFolder
 
 FAST = ["--score-batches", "2", "--score-batch-size", "2", "--score-tokens", "48"]
@@ -176,10 +177,79 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
 
 
 def test_scores_of_one_seed_are_equal(tmp_path):
-    """Guards determinism of the files: the same command writes the same bytes."""
+    """Guards determinism of the files: the same command writes the same bytes, but for what it cost."""
     for name in ("a", "b"):
         assert run("score", "demo", "--criterion", "zo-taylor:passes=4", *FAST, "--out", f"{name}.safetensors") == 0
+        table = ScoreTable.load(tmp_path / f"{name}.safetensors")
+        free = dataclasses.replace(table.provenance, seconds=None, peak_memory=None)
+        dataclasses.replace(table, provenance=free).save(tmp_path / f"{name}.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_compare_tells_the_story_on_one_screen(capsys, tmp_path, monkeypatch):
+    """Guards 'rowscope compare': trust, agreement and verdicts in 24 lines of 100 columns, the rest in files."""
+    monkeypatch.setenv("COLUMNS", "100")
+    criteria = {"taylor": "taylor", "zo": "zo-taylor:passes=4", "size": "magnitude", "chance": "random"}
+    for name, criterion in criteria.items():
+        assert run("score", "demo", "--criterion", criterion, *FAST, "--out", f"{name}.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "trust: half of the data gives" in printed
+    assert "this ranking is mostly weight magnitude; try --criterion taylor" in printed
+    files = [f"{name}.safetensors" for name in criteria]
+    assert run("compare", *files) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 110, "verdicts may wrap, tables may not"
+    assert any(line.split()[:3] == ["taylor", "~", "zo-taylor:passes=4"] for line in lines)
+    assert any(line.startswith("magnitude: knows nothing of the data") for line in lines)
+    value = run_ok(capsys, "compare", *files, "--axis", "column", "--out", "c.json", "--plot", "m.svg")
+    assert value["axis"] == "column"
+    assert (len(value["tables"]), len(value["pairs"]), len(value["pairs"][0]["modules"])) == (4, 6, 56)
+    assert {"format_version": 1, **value} == read_json(tmp_path / "c.json")
+    assert (tmp_path / "m.svg").read_bytes().startswith(b"<?xml")
+    assert run("report", "c.json", *files, "--out", "r.html") == 0
+    assert run("compare", "taylor.safetensors") == 0
+    assert "taylor ~ weight norm" in capsys.readouterr().out
+
+
+def test_compare_many_with_the_first(capsys, tmp_path, monkeypatch):
+    """Guards the screen with more than four files: each is compared with the first; criteria that repeat are named."""
+    monkeypatch.setenv("COLUMNS", "100")
+    names = [f"{number}.safetensors" for number in range(5)]
+    for number, name in enumerate(names):
+        arguments = ["--criterion", "random", "--axis", "row", "--seed", str(number)]
+        assert run("score", "demo", *arguments, "--out", name) == 0
+    capsys.readouterr()
+    assert run("compare", *names) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" ~ ") == 4
+    assert "random (0) ~ random (4)" in " ".join(printed.split())
+
+
+def test_target_modules_are_scored(capsys, tmp_path):
+    """Guards --target-modules: endings and regular expressions, embeddings and heads if named, shown in the figure."""
+    wanted = {
+        "down_proj": 8,
+        "embed_tokens, lm_head": 2,
+        r"model\.layers\.[01]\.mlp\..*": 6,
+    }
+    for targets, count in wanted.items():
+        arguments = ["score", "demo", "--criterion", "magnitude", "--target-modules", targets, "--plot", "p.png"]
+        assert run_ok(capsys, *arguments)["modules"] == count
+        assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(ScoreTable.load(tmp_path / "scores.safetensors").scores) == 6
+
+
+def test_scores_of_other_models_are_not_compared(capsys, tmp_path):
+    """Guards 'rowscope compare' against rows of different models: one line, exit 2, nothing written."""
+    assert run("score", "demo", "--criterion", "magnitude", "--out", "a.safetensors") == 0
+    table = ScoreTable.load(tmp_path / "a.safetensors")
+    other = dataclasses.replace(table.provenance, model_fingerprint="0" * 64)
+    dataclasses.replace(table, provenance=other).save(tmp_path / "b.safetensors")
+    line = run_bad(capsys, "compare", "a.safetensors", "b.safetensors", "--out", "c.json", "--plot", "p.png")
+    assert "belong to different models" in line
+    assert "is named twice" in run_bad(capsys, "compare", "a.safetensors", "a.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +274,14 @@ def test_scores_of_one_seed_are_equal(tmp_path):
         ("finetune rows ./nowhere --data demo --output-dir a", "does not exist"),
         ("finetune rows demo --selection bad.yaml --output-dir a", "has no linear module 'm'"),
         ("score demo --plot x.gif", "name a .png or .svg file"),
+        ("score demo --criterion magnitude --target-modules down_prj", "target module 'down_prj' matches no"),
+        ("score demo --target-modules down_proj,,lm_head", "has an empty name"),
+        ("compare", "Missing argument 'SCORES...'"),
+        ("compare nowhere.safetensors", "does not exist"),
+        ("compare broken.jsonl", "not a readable safetensors file"),
+        ("compare x.safetensors --axis both", "unknown axis 'both'"),
+        ("compare x.safetensors --out x.txt", "name a .json file"),
+        ("compare x.safetensors --plot x.gif", "name a .png or .svg file"),
         ("score ./nowhere --data demo", "does not exist"),
         ("score . --data demo", "no config.json"),
         ("score demo --data nowhere.jsonl", "nowhere.jsonl does not exist"),
@@ -226,6 +304,17 @@ def test_scores_of_one_seed_are_equal(tmp_path):
         ("select broken.jsonl", "not a readable safetensors file"),
         ("select x.safetensors --out x.txt", "name a .safetensors or .yaml file"),
         ("select x.safetensors --budget rank=0", "trains nothing"),
+        ("select x.safetensors --budget params=80G", "write a whole number, e.g. params=80M"),
+        ("select x.safetensors --pick best", "unknown pick 'best'"),
+        ("select x.safetensors --axis diagonal", "unknown axis"),
+        ("select x.safetensors --normalizer standardization", "did you mean 'standarization'"),
+        ("select x.safetensors --group-reduction prod", "unknown group reduction 'prod'"),
+        ("select x.safetensors --heads", "--heads needs --scope coupled"),
+        ("select x.safetensors --layer-cap 0.5", "layer_cap=0.5"),
+        ("select x.safetensors --layer-scores nowhere.json", "nowhere.json does not exist"),
+        ("select x.safetensors --layer-scores broken.jsonl", "broken.jsonl is not valid JSON"),
+        ("select bad.yaml --budget rank=3", "is a selection already"),
+        ("finetune rows demo --layer-scores nowhere.safetensors", "nowhere.safetensors does not exist"),
         ("finetune rwos demo", "Did you mean 'rows'"),
         ("finetune rows demo --budget rank=0", "trains nothing"),
         ("finetune rows demo --learning-rate 0", "learning_rate=0"),
@@ -253,6 +342,67 @@ def test_data_is_needed_for_other_models(capsys, demo):
     from rowscope.demo import MODEL_FOLDER
 
     assert "--data" in run_bad(capsys, "score", str(MODEL_FOLDER))
+
+
+def test_select_under_every_rule(capsys, tmp_path):
+    """Guards select's flags: scopes, budgets, ways to pick, layer scores from both files, and a seed that counts."""
+    assert run("score", "demo", "--criterion", "magnitude", "--out", "s.safetensors") == 0
+    whole = run_ok(capsys, "select", "s.safetensors", "--budget", "params=200K", "--scope", "global", "--axis", "auto")
+    assert 199_000 < whole["trainable_parameters"] <= 200_000
+    LayerScores({f"model.layers.{n}": 1.0 + n for n in range(8)}, "by hand").save(tmp_path / "l.json")
+    for layer_scores in ("l.json", "s.safetensors"):
+        found = run_ok(capsys, "select", "s.safetensors", "--budget", "memory=2MiB", "--layer-scores", layer_scores)
+        assert 130_000 < found["trainable_parameters"] <= 2 * 2**20 // 16
+    rules = ["--scope", "coupled-global", "--heads", "--budget", "ratio=0.1", "--group-reduction", "max"]
+    heads = run_ok(capsys, "select", "s.safetensors", *rules, "--normalizer", "max", "--pick", "diverse")
+    assert {len(axes) for axes in heads["modules"].values()} == {1}
+    assert (heads["heads"], heads["group_reduction"], heads["normalizer"]) == ("whole", "max", "max")
+    drawn = []
+    for seed in ("1", "1", "2"):
+        run_ok(capsys, "select", "s.safetensors", "--pick", "sample", "--seed", seed, "--out", "d.yaml")
+        drawn.append((tmp_path / "d.yaml").read_text())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_selection_is_converted(capsys, tmp_path):
+    """Guards select on a selection: from the machine's format to the people's and back, the same indices."""
+    name = "model.layers.0.mlp.up_proj"
+    Selection({name: {"row": torch.tensor([3, 7])}}, {name: (512, 192)}, "0" * 64, {"a": "b"}).save(
+        tmp_path / "s.yaml"
+    )
+    assert run_ok(capsys, "select", "s.yaml", "--out", "t.safetensors")["trainable_parameters"] == 2 * 192
+    assert run("select", "t.safetensors", "--out", "u.yaml") == 0
+    assert (tmp_path / "u.yaml").read_text() == (tmp_path / "s.yaml").read_text()
+
+
+def test_finetune_takes_and_records_the_rules(capsys, tmp_path):
+    """Guards one-command runs: every rule of the selection is in config.yaml, which makes the same selection again."""
+    LayerScores({f"model.layers.{n}": 1.0 + n for n in range(8)}, "by hand").save(tmp_path / "l.json")
+    data = small_data(tmp_path)
+    rules = [
+        "--budget",
+        "ratio=0.02",
+        "--scope",
+        "coupled",
+        "--heads",
+        "--pick",
+        "diverse",
+        "--layer-scores",
+        "l.json",
+    ]
+    arguments = ["finetune", "rows", "demo", "--data", data, *TRAIN, "--criterion", "magnitude"]
+    assert run(*arguments, *rules, "--layer-cap", "3", "--output-dir", "a") == 0
+    kept = read_yaml(tmp_path / "a" / "config.yaml")
+    expected = {
+        "budget": "ratio=0.02", "scope": "coupled", "axis": "row", "pick": "diverse", "layer_scores": "l.json",
+        "layer_floor": 0.25, "layer_cap": 3.0, "group_reduction": "mean", "normalizer": "mean", "heads": True,
+    }  # fmt: skip
+    assert kept.items() >= expected.items()
+    assert run("finetune", "rows", "--config", "a/config.yaml", "demo", "--output-dir", "b") == 0
+    first, second = ((tmp_path / name / "selection.safetensors").read_bytes() for name in "ab")
+    assert first == second
+    line = run_bad(capsys, *arguments, "--config", "a/config.yaml", "--pick", "top", "--output-dir", "a", "--resume")
+    assert "pick was diverse, is top" in line
 
 
 def test_a_selection_of_another_model_is_refused(capsys, tmp_path, demo):

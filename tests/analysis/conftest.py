@@ -38,7 +38,7 @@ def make_table(criterion: str, seed: int, norm_weight: float, hostile: str = "",
         for half in halves:
             half[module] = {}
         for axis, size in zip(("row", "column"), shape, strict=True):
-            shared = numpy.random.default_rng(1000 + position).lognormal(0, 0.3, size)
+            shared = numpy.random.default_rng(10**6 + position).lognormal(0, 0.3, size)
             own = numpy.random.default_rng(seed * 1000 + position).lognormal(0, 0.6, size)
             level = (0.2 + 3 * depth**2) * (4 if "down" in module else 1.5 if "v_proj" in module else 0.4)
             value = level * shared**norm_weight * own ** (1 - norm_weight)

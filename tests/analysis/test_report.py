@@ -1,5 +1,6 @@
 """The report is one page from files alone, whole or not at all, whatever the names in the files."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rowscope import InputError
+from rowscope import InputError, ScoreTable
 from rowscope.analysis.report import render
 from rowscope.records import write_json
+from rowscope.scoring.trust import compare, labels
 
 SECTIONS = (
     "What was trained, and why these rows",
@@ -72,6 +74,61 @@ def test_parts_alone(make_run, tmp_path):
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.parametrize("axes", [("row",), ("column",), ("row", "column")])
+def test_scores_alone(make_run, tmp_path, axes):
+    """Guards a person who only scored, along whichever axes: heatmaps, trust with a verdict, and where it is from."""
+    whole = ScoreTable.load(make_run(tmp_path / "run").scores)
+    kept = [
+        {name: {axis: entry[axis] for axis in axes} for name, entry in tensors.items()}
+        for tensors in (whole.scores, whole.weight_norm, *whole.halves)
+    ]
+    path = tmp_path / "mine.safetensors"
+    ScoreTable(kept[0], kept[1], whole.provenance, (kept[2], kept[3])).save(path)
+    page = render([path], tmp_path / "r.html").read_text()
+    assert page.count("<svg role=") == len(axes)
+    for axis in axes:
+        assert f"Importance of {axis}s by taylor" in page
+    assert "taylor: half of the data gives" in page
+    assert "taylor ~ weight norm" in page
+    assert f"Of the {axes[0]}s" in page
+    for origin in ("ab12ab12ab12", "mine.safetensors", "8 + 8"):
+        assert origin in page
+
+
+def test_score_files_of_one_model_share_a_chapter(make_run, tmp_path):
+    """Guards several score files: one chapter, every pair, the matrix, and in words what they share."""
+    run = make_run(tmp_path / "run")
+    files = run.score_tables()
+    page = render([*files, files[0]], tmp_path / "r.html").read_text()
+    assert "<h1>3 score tables of demo</h1>" in page
+    assert page.count("<svg role=") == 3 * 2 + 1
+    assert page.count(f"<h3>{SECTIONS[4]}</h3>") == 1
+    assert "taylor ~ magnitude" in page
+    assert "zo-taylor:estimator=spsa,passes=512: signal-to-noise 0.42: this ranking is mostly weight magnitude" in page
+    assert "held-out loss" not in page
+
+
+def test_scores_that_cannot_be_compared_are_still_shown(make_run, tmp_path):
+    """Guards a run folder with scores of another model in it: said, and the rest of the page is there."""
+    run = make_run(tmp_path / "run")
+    other = ScoreTable.load(run.score_tables()[1])
+    strange = dataclasses.replace(other.provenance, model_fingerprint="0" * 64)
+    dataclasses.replace(other, provenance=strange).save(run.score_tables()[1])
+    page = render([run.root], tmp_path / "r.html").read_text()
+    assert "The scores are not compared: scores of demo and of demo belong to different models" in page
+    assert page.count("<svg role=") == 1 + 1 + 1 + 6
+
+
+def test_a_comparison_makes_a_page(make_run, tmp_path):
+    """Guards comparison.json in the report: the same trust section, from the file alone."""
+    tables = [ScoreTable.load(path) for path in make_run(tmp_path / "run").score_tables()]
+    write_json(tmp_path / "c.json", compare(labels(tables, ["a", "b", "c"])))
+    page = render([tmp_path / "c.json"], tmp_path / "r.html").read_text()
+    assert f"<h3>{SECTIONS[4]}</h3>" in page
+    assert page.count("<svg role=") == 1
+    assert "taylor ~ magnitude" in page
+
+
 def test_several_runs_are_compared(make_run, tmp_path):
     """Guards side by side: a comparison on top, then each result under its name."""
     runs = [make_run(tmp_path / name).root for name in ("a", "b")]
@@ -98,7 +155,7 @@ def test_an_interrupted_run_is_shown_as_such(make_run, tmp_path):
     assert "This run is interrupted" in page
 
 
-@pytest.mark.parametrize("damage", ["nothing", "empty", "torn json", "torn scores", "other json"])
+@pytest.mark.parametrize("damage", ["nothing", "empty", "torn json", "torn scores", "other json", "torn comparison"])
 def test_bad_paths_leave_no_page(make_run, tmp_path, damage):
     """Guards the refusals: one line, and no half-written report."""
     run = make_run(tmp_path / "run")
@@ -112,6 +169,9 @@ def test_bad_paths_leave_no_page(make_run, tmp_path, damage):
         run.run.write_text('{"status": ')
     elif damage == "torn scores":
         run.scores.write_bytes(run.scores.read_bytes()[:-100])
+    elif damage == "torn comparison":
+        path = tmp_path / "c.json"
+        write_json(path, {"axis": "row", "model": {}, "tables": [], "pairs": [{"first": "a"}]})
     else:
         path = tmp_path / "x.json"
         write_json(path, {"a": 1})

@@ -53,6 +53,48 @@ def test_taylor(tiny_llama, batches):
     assert (table.provenance.forward_passes, table.provenance.backward_passes) == (3, 3)
 
 
+def test_multivariable_taylor(tiny_llama, batches):
+    """Guards the other form: the sum over the row first, then the absolute value, batch by batch."""
+    modules = linear_modules(tiny_llama)
+    table = scoring.score(tiny_llama, criterion("taylor:multivariable=true"), batches)
+    weights = [module.weight for module in modules.values()]
+    gradients = [torch.autograd.grad(tiny_llama(**batch).loss, weights) for batch in batches]
+    for number, name in enumerate(modules):
+        products = torch.stack([weights[number].detach() * every[number] for every in gradients])
+        for axis, dim in (("row", 2), ("column", 1)):
+            expected = products.sum(dim).abs().mean(0)
+            torch.testing.assert_close(table.scores[name][axis], expected, rtol=1e-4, atol=1e-8)
+
+
+EXACT = ["taylor", "wanda", "fisher", "fisher:per=batch", "hessian", "gradient-norm", "direct-taylor"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_scores_of_half_precision_models(tiny_llama, batches, name):
+    """Guards bf16 models: scores are float32, finite, non-negative and near those of the same model in float32."""
+    tiny_llama.to(torch.bfloat16)
+    rough = scoring.score(tiny_llama, criterion(name), batches)
+    exact = scoring.score(tiny_llama.float(), criterion(name), batches)
+    for module, axes in exact.scores.items():
+        for axis, expected in axes.items():
+            found = rough.scores[module][axis]
+            assert found.dtype == torch.float32
+            assert bool((found >= 0).all())
+            assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["taylor", "direct-taylor"])
+def test_forwards_of_others_are_kept(tiny_llama, batches, name):
+    """Guards models that accelerate has spread over devices: it keeps a forward of its own on a block."""
+    block, calls = tiny_llama.model.layers[1], []
+    original = block.forward
+    block.forward = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    theirs = block.forward
+    scoring.score(tiny_llama, criterion(name), batches)
+    assert block.forward is theirs
+    assert calls
+
+
 def test_taylor_leaves_the_model_alone(tiny_llama, batches):
     """Guards flags, gradients and hooks: nothing of the scoring stays behind, also after a failure."""
     tiny_llama.model.norm.weight.requires_grad_(False)
@@ -130,13 +172,13 @@ def test_zero_order_restores_the_weights(tiny_llama, batches, dtype):
         assert not parameter.is_inference()
 
 
-@pytest.mark.parametrize("name", ["random", "taylor", "zo-taylor:passes=4"])
+@pytest.mark.parametrize("name", ["random", *EXACT, "zo-taylor:passes=4"])
 def test_one_seed_one_result(tiny_llama, batches, name):
     """Guards determinism: equal seeds give equal scores, and where chance decides, other seeds give others."""
     first, again, other = (scoring.score(tiny_llama, criterion(name), batches, seed=seed) for seed in (0, 0, 1))
     module = next(iter(first.scores))
     assert torch.equal(first.scores[module]["row"], again.scores[module]["row"])
-    assert torch.equal(first.scores[module]["row"], other.scores[module]["row"]) == (name == "taylor")
+    assert torch.equal(first.scores[module]["row"], other.scores[module]["row"]) == (name in EXACT)
 
 
 def test_exact_scores_are_stable_on_the_demo_model(demo, demo_batches):

@@ -1,18 +1,18 @@
-"""Budgets are kept, the best units are picked, and coupled units stay whole."""
+"""A selection keeps its budget, takes the best, and leaves coupled units whole."""
 
 import math
 
 import pytest
 import torch
-import torch_pruning
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from rowscope import Budget, InputError, criterion, scoring, select, trace
+from rowscope import Budget, InputError, Selection, criterion, scoring, select, trace
 from rowscope.models import linear_modules
 from rowscope.records import Provenance, ScoreTable
-from rowscope.scoring.budget import Share
-from rowscope.scoring.groups import channel_scores, scored_members
+from rowscope.scoring.groups import channel_scores
+from rowscope.scoring.vectors import weight_matrices
 
 
 @pytest.fixture
@@ -20,27 +20,19 @@ def table(tiny_llama) -> ScoreTable:
     return scoring.score(tiny_llama, criterion("magnitude"), model_source="tiny", model_fingerprint="f" * 64)
 
 
-shares = st.lists(
-    st.builds(Share, st.just("m"), st.integers(1, 300), st.integers(1, 500), st.integers(2, 1000)),
-    min_size=1,
-    max_size=9,
+def random_table(shapes: dict[str, tuple[int, int]], seed: int = 0) -> ScoreTable:
+    """Made-up scores of modules of these shapes."""
+    torch.manual_seed(seed)
+    scores = {
+        name: {"row": torch.rand(rows), "column": torch.rand(columns)} for name, (rows, columns) in shapes.items()
+    }
+    provenance = Provenance("random", "made up", "f" * 64, [], shapes, dict.fromkeys(shapes, "float32"))
+    return ScoreTable(scores, scores, provenance)
+
+
+shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6).map(
+    lambda sizes: {f"m{number}": size for number, size in enumerate(sizes)}
 )
-
-
-@given(shares, st.integers(1, 64))
-def test_lora_budget_is_kept_and_used(shares, rank):
-    """Guards 'equal to a LoRA of rank r': never more, and short by less than the cheapest unit that is left."""
-    allowance = rank * sum(share.lora_cost for share in shares)
-    try:
-        counts = Budget("lora", rank).units(shares)
-    except InputError:
-        assert all(share.cost > allowance for share in shares)
-        return
-    spent = sum(count * share.cost for count, share in zip(counts, shares, strict=True))
-    remaining = [share.cost for count, share in zip(counts, shares, strict=True) if count < share.units]
-    assert all(0 <= count <= share.units for count, share in zip(counts, shares, strict=True))
-    assert spent <= allowance
-    assert not remaining or allowance - spent < min(remaining)
 
 
 def test_rows_are_the_best_of_their_module(table):
@@ -59,6 +51,62 @@ def test_lora_budget_equals_lora(table):
     for axis in ("row", "column"):
         trained = select(table, Budget("lora", 4), axis=axis).trainable_parameters()
         assert lora - 48 < trained <= lora
+
+
+@given(shapes, st.data(), st.sampled_from(["layer", "global"]), st.sampled_from(["top", "sample", "random"]))
+def test_no_budget_is_exceeded(shapes, data, scope, pick):
+    """Guards every limit under every way to pick: kept, and short by less than the cheapest unit that is left."""
+    table = random_table(shapes)
+    whole = sum(rows * columns for rows, columns in shapes.values())
+    limit = data.draw(st.integers(1, whole))
+    axis = data.draw(st.sampled_from(["row", "column", "auto"]))
+    kind = data.draw(st.sampled_from(["params", "memory"]))
+    budget = Budget(kind, limit if kind == "params" else 16 * limit)
+    chosen_axes = {m: axis if axis != "auto" else ("column" if c > r else "row") for m, (r, c) in shapes.items()}
+    costs = {m: shapes[m][1 if own == "row" else 0] for m, own in chosen_axes.items()}
+    if limit < min(costs.values()):
+        with pytest.raises(InputError, match="smaller than one unit"):
+            select(table, budget, scope=scope, axis=axis, pick=pick)
+        return
+    selection = select(table, budget, scope=scope, axis=axis, pick=pick)
+    trained = selection.trainable_parameters()
+    remaining = []
+    for module, own in chosen_axes.items():
+        chosen = selection.indices.get(module, {}).get(own, torch.tensor([]))
+        if len(chosen) < shapes[module][0 if own == "row" else 1]:
+            remaining.append(costs[module])
+    assert trained <= limit
+    assert not remaining or limit - trained < min(remaining)
+
+
+def test_global_rank_costs_what_rank_costs(table):
+    """Guards scope global with rank and ratio: they are the total that they cost in every module."""
+    for budget in (Budget("rank", 5), Budget("ratio", 0.1)):
+        local = select(table, budget).trainable_parameters()
+        assert local - 48 < select(table, budget, scope="global").trainable_parameters() <= local
+
+
+def test_global_takes_the_best_of_all():
+    """Guards scope global: by default Torch-Pruning's ranking, the score over the mean of its module."""
+    table = random_table({"a": (30, 10), "b": (20, 10), "c": (25, 10)})
+    selection = select(table, Budget("params", 300), scope="global")
+    ranked = sorted(
+        ((float(score / axes["row"].mean()), module, row) for module, axes in table.scores.items()
+         for row, score in enumerate(axes["row"])), reverse=True,
+    )  # fmt: skip
+    expected = {(module, row) for _, module, row in ranked[:30]}
+    assert {(m, row) for m, axes in selection.indices.items() for row in axes["row"].tolist()} == expected
+    raw = select(table, Budget("params", 300), scope="global", normalizer="none")
+    ranked = sorted(
+        (
+            (float(score), module, row)
+            for module, axes in table.scores.items()
+            for row, score in enumerate(axes["row"])
+        ),
+        reverse=True,
+    )
+    expected = {(module, row) for _, module, row in ranked[:30]}
+    assert {(m, row) for m, axes in raw.indices.items() for row in axes["row"].tolist()} == expected
 
 
 def test_coupled_channels_are_whole(tiny_llama, table):
@@ -82,6 +130,41 @@ def test_coupled_channels_are_whole(tiny_llama, table):
         assert selection.indices[f"{block}.self_attn.o_proj"]["column"].tolist() == columns
 
 
+@pytest.mark.parametrize("scope", ["coupled", "coupled-global"])
+@pytest.mark.parametrize("pick", ["top", "sample", "diverse", "random"])
+def test_heads_are_whole(tiny_llama, table, scope, pick):
+    """Guards heads=True: a key/value head is in q, k, v and o entirely, or in none of them; channels fill the rest."""
+    selection = select(
+        table, Budget.parse("params=20K"), scope=scope, pick=pick, heads=True, groups=trace(tiny_llama).groups,
+        vectors=weight_matrices(tiny_llama),
+    )  # fmt: skip
+    assert 20_000 - 3 * 48 < selection.trainable_parameters() <= 20_000
+    for block in ("model.layers.0", "model.layers.1"):
+        heads = []
+        for name, axis, width in (("q", "row", 30), ("k", "row", 10), ("v", "row", 10), ("o", "column", 30)):
+            index = selection.indices.get(f"{block}.self_attn.{name}_proj", {}).get(axis, torch.tensor([]))
+            taken = {int(position) // width for position in index}
+            assert len(index) == width * len(taken)
+            heads.append(taken)
+        assert all(taken == heads[0] for taken in heads)
+
+
+def test_a_fused_weight_collects_all_its_groups():
+    """Guards GPT-2: rows of queries and keys and rows of values are rows of one weight, none of them is lost."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=24, n_layer=1, n_head=4)).eval()
+    table = scoring.score(model, criterion("magnitude"))
+    groups = trace(model).groups
+    rows = select(table, Budget("rank", 5), scope="coupled", groups=groups).indices["transformer.h.0.attn.c_attn"][
+        "row"
+    ]
+    assert [((rows >= 24 * part) & (rows < 24 * part + 24)).sum() for part in range(3)] == [5, 5, 5]
+    whole = select(table, Budget("rank", 2), scope="coupled", heads=True, groups=groups)
+    assert len(whole.indices["transformer.h.0.attn.c_attn"]["row"]) == 2 * 3 * 6
+
+
 def test_coupled_channels_are_the_best(tiny_llama, table):
     """Guards the choice: no channel left out scores higher than one picked."""
     groups = [group for group in trace(tiny_llama).groups if group.kind == "mlp"]
@@ -92,52 +175,107 @@ def test_coupled_channels_are_the_best(tiny_llama, table):
     assert scores[chosen].min() >= scores[rest].max()
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
-def test_group_scores_equal_torch_pruning(tiny_llama, table, reduction):
-    """Guards Torch-Pruning's meaning of a group's magnitude on full feed-forward groups, to 1e-6."""
-    group = next(group for group in trace(tiny_llama).groups if group.id == "model.layers.0.mlp")
-    tiny_llama.config.use_cache = False
-    graph = torch_pruning.DependencyGraph().build_dependency(
-        tiny_llama, {"input_ids": torch.arange(3, 8).unsqueeze(0)}, output_transform=lambda out: out.logits
+def test_axes_by_module(table):
+    """Guards axis: auto takes columns where inputs outnumber outputs; a mapping decides by the end of the name."""
+    auto = select(table, Budget("rank", 2), axis="auto")
+    axes = {module.rpartition(".")[2]: next(iter(own)) for module, own in auto.indices.items()}
+    assert axes == {
+        "q_proj": "row", "k_proj": "column", "v_proj": "column", "o_proj": "column",
+        "gate_proj": "row", "up_proj": "row", "down_proj": "column",
+    }  # fmt: skip
+    given = select(table, Budget("rank", 2), axis={"mlp.up_proj": "column", "down_proj": "auto"})
+    axes = {module.rpartition(".")[2]: next(iter(own)) for module, own in given.indices.items()}
+    assert axes == dict.fromkeys(axes, "row") | {"up_proj": "column", "down_proj": "column"}
+    assert given.origin["axis"] == "mlp.up_proj=column,down_proj=auto"
+    with pytest.raises(InputError, match="no scored module ends in 'up_prj'"):
+        select(table, Budget("rank", 2), axis={"up_prj": "column"})
+    with pytest.raises(InputError, match="did you mean 'column'"):
+        select(table, Budget("rank", 2), axis={"up_proj": "colum"})
+
+
+def test_convolutions_cost_their_kernels(tmp_path):
+    """Guards the count of trained weights where a row is a filter: when selected, and when read from a file again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, (5, 1), groups=4), nn.Flatten(), nn.Linear(9, 3)
     )
-    up = tiny_llama.model.layers[0].mlp.up_proj
-    theirs = graph.get_pruning_group(up, torch_pruning.prune_linear_out_channels, list(range(group.size)))
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction=reduction, normalizer=None)
-    torch.testing.assert_close(channel_scores(group, table, reduction), importance(theirs), rtol=1e-6, atol=1e-6)
+    table = scoring.score(model, criterion("magnitude"))
+    selection = select(table, Budget("rank", 2))
+    trained = 2 * 4 * 9 + 2 * 2 * 5 + 2 * 9
+    assert selection.trainable_parameters() == trained
+    assert select(table, Budget("rank", 2), axis="column").trainable_parameters() == 2 * 8 * 9 + 2 * 2 * 5 + 2 * 3
+    for name in ("s.yaml", "s.safetensors"):
+        selection.save(tmp_path / name)
+        assert Selection.load(tmp_path / name).trainable_parameters() == trained
 
 
-def test_grouped_heads_add_up(tiny_llama, table):
-    """Guards what Torch-Pruning drops: a key pair's score counts every query row that shares it."""
-    group = next(group for group in trace(tiny_llama).groups if group.id == "model.layers.1.self_attn.qk")
-    members = {member.module.rsplit(".", 1)[-1]: member for member in scored_members(group, table)}
-    assert members["q_proj"].index.shape == (10, 6)
-    query = table.scores["model.layers.1.self_attn.q_proj"]["row"].view(2, 3, 2, 5).sum((1, 2)).flatten()
-    key = table.scores["model.layers.1.self_attn.k_proj"]["row"].view(2, 2, 5).sum(1).flatten()
-    torch.testing.assert_close(channel_scores(group, table, "sum"), query + key)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rank=0", "trains nothing"),
-        ("rank=-3", "trains nothing"),
-        ("lora=2.5", "whole number"),
-        ("lora", "whole number"),
-        ("rnak=3", "did you mean 'rank'"),
-    ],
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+selections = st.dictionaries(
+    names,
+    st.tuples(
+        st.dictionaries(st.sampled_from(["row", "column"]), st.sets(st.integers(0, 99), min_size=1), min_size=1),
+        st.one_of(st.none(), st.integers(1, 10**12)),
+    ),
+    min_size=1,
+    max_size=4,
 )
-def test_bad_budgets(text, message):
-    """Guards the one-line answers to a wrong budget."""
-    with pytest.raises(InputError, match=message):
-        Budget.parse(text)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".yaml"])
+@given(selections, st.dictionaries(names, names, max_size=3))
+def test_selections_round_trip(tmp_path_factory, suffix, chosen, origin):
+    """Guards both formats, whatever a module is called ('null', '1e3', 'on'): the same selection comes back."""
+    path = tmp_path_factory.mktemp("selection") / f"s{suffix}"
+    written = Selection(
+        {module: {axis: torch.tensor(sorted(i)) for axis, i in axes.items()} for module, (axes, _) in chosen.items()},
+        dict.fromkeys(chosen, (100, 100)),
+        "f" * 64,
+        origin,
+        {module: size for module, (_, size) in chosen.items() if size},
+    )
+    written.save(path)
+    read = Selection.load(path)
+    assert list(read.indices) == list(written.indices)
+    for module, axes in written.indices.items():
+        assert {axis: index.tolist() for axis, index in read.indices[module].items()} == {
+            axis: index.tolist() for axis, index in axes.items()
+        }
+    assert (read.shapes, read.origin, read.sizes) == (written.shapes, written.origin, written.sizes)
+    assert (read.model_fingerprint, read.trainable_parameters()) == ("f" * 64, written.trainable_parameters())
+
+
+def test_what_is_drawn_is_seeded(tiny_llama, table):
+    """Guards determinism: the same seed draws the same rows, another one others, and the record says which."""
+    for scope in ("layer", "global"):
+        for pick in ("sample", "random"):
+            first, again, other = (
+                select(table, Budget("rank", 5), scope=scope, pick=pick, seed=seed) for seed in (1, 1, 2)
+            )
+            rows = [[axes["row"].tolist() for axes in s.indices.values()] for s in (first, again, other)]
+            assert rows[0] == rows[1] != rows[2]
+            assert (first.origin["pick"], first.origin["seed"]) == (pick, "1")
 
 
 def test_impossible_selections(tiny_llama, table):
-    """Guards against budgets beyond the model, NaN scores and missing axes."""
+    """Guards against budgets beyond the model or below one unit, NaN scores, unknown names and missing axes."""
     with pytest.raises(InputError, match="no module has more than 80"):
         select(table, Budget("rank", 81))
-    with pytest.raises(InputError, match="unknown scope 'layers'"):
-        select(table, Budget("rank", 1), scope="layers")
+    with pytest.raises(InputError, match="budget params=80M is more than all"):
+        select(table, Budget.parse("params=80M"))
+    for scope in ("layer", "global"):
+        with pytest.raises(InputError, match=r"budget params=47 is smaller than one unit \(48 weights\)"):
+            select(table, Budget("params", 47), scope=scope)
+    for name in ("scope", "pick", "normalizer", "group_reduction"):
+        with pytest.raises(InputError, match=f"unknown {name.replace('_', ' ')} 'xyz'"):
+            select(table, Budget("rank", 1), **{name: "xyz"})
+    with pytest.raises(InputError, match="--heads needs --scope coupled"):
+        select(table, Budget("rank", 1), heads=True)
+    with pytest.raises(InputError, match="layer_floor=2"):
+        select(table, Budget("rank", 1), layer_floor=2)
+    with pytest.raises(InputError, match="layer_cap=nan"):
+        select(table, Budget("rank", 1), layer_cap=math.nan)
+    with pytest.raises(InputError, match="no coupled groups"):
+        select(table, Budget("rank", 1), scope="coupled")
     rows = {module: {"row": axes["row"]} for module, axes in table.scores.items()}
     only_rows = ScoreTable(rows, rows, table.provenance)
     with pytest.raises(InputError, match="no column scores"):
