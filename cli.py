@@ -34,6 +34,7 @@ from .runs import RunFolder
 from .settings import SEEDS, CalibrationSettings, SelectionSettings, TrainingSettings
 
 if TYPE_CHECKING:
+    from .data import Batch
     from .graph import ModelGraph
     from .models import LoadedModel
     from .scoring import Criterion
@@ -200,21 +201,25 @@ def score(
     data: Data = None,
     criterion: CriterionName = "taylor",
     axis: Annotated[str, typer.Option(help="row, column or both.")] = "both",
+    granularity: Annotated[str, typer.Option(help="row: rows and columns; layer: each block as a whole.")] = "row",
     target_modules: Annotated[
         str | None,
         typer.Option(help="Comma-separated endings of module names, or regular expressions: down_proj,lm_head."),
     ] = None,
     calibration: CalibrationSettings = CalibrationSettings(),  # noqa: B008 (frozen)
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("scores.safetensors"),
-    plot: Annotated[Path | None, typer.Option(help="Also draw the heatmap (.png or .svg).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; by default scores.safetensors, of layers layer_scores.json.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw a heatmap, of layers bars (.png or .svg).")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
-    """Score every row and column of the linear weights."""
+    """Score every row and column of the linear weights, or every block; torchrun's processes share the work."""
     from . import models, scoring
+    from .scoring import ranks
 
     if axis not in (*AXES, "both"):
         raise unknown_name("axis", axis, (*AXES, "both"))
@@ -222,20 +227,47 @@ def score(
     if not all(targets):
         raise InputError(f"--target-modules {target_modules!r} has an empty name: write endings such as q_proj,v_proj")
     _check_plot(plot)
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: name a .safetensors file")
-    checked_output(out)
+    out = _score_file(out, granularity)
     rule = scoring.criterion(criterion)
     source = _data_source(data, model) if rule.needs_data else ""
-    loaded = models.load(model, dtype=dtype, device=device)
     axes = AXES if axis == "both" else (axis,)
-    table = _score(loaded, rule, source, calibration, seed, axes, targets)
-    table.save(out)
+    with ranks.launched(device) as own_device:
+        loaded = models.load(model, dtype=dtype, device=own_device)
+        found: ScoreTable | LayerScores
+        if granularity == "layer":
+            found = _score_layers(loaded, rule, source, calibration, seed, axes, targets)
+        else:
+            found = _score(loaded, rule, source, calibration, seed, axes, targets)
+        if ranks.world()[0] > 0:  # the first process has the same, and writes it
+            return
+    found.save(out)
     if plot is not None:
-        from .analysis import figures
+        _plot_scores(found, axes[0], plot)
+    if isinstance(found, ScoreTable):
+        console.print_scores(found, out, as_json)
+    else:
+        console.print_layer_scores(found, out, as_json)
 
-        figures.save(figures.importance_heatmap(table, axes[0]), plot)
-    console.print_scores(table, out, as_json)
+
+SCORE_FILES = {"row": Path("scores.safetensors"), "layer": Path("layer_scores.json")}
+
+
+def _score_file(out: Path | None, granularity: str) -> Path:
+    if granularity not in SCORE_FILES:
+        raise unknown_name("granularity", granularity, SCORE_FILES)
+    default = SCORE_FILES[granularity]
+    if out is not None and out.suffix != default.suffix:
+        raise InputError(f"--out {out}: name a {default.suffix} file for scores of {granularity}s")
+    return checked_output(out or default)
+
+
+def _plot_scores(found: ScoreTable | LayerScores, axis: str, plot: Path) -> None:
+    from .analysis import figures
+
+    if isinstance(found, ScoreTable):
+        figures.save(figures.importance_heatmap(found, axis), plot)
+    else:
+        figures.save(figures.layer_bars(found), plot)
 
 
 def _check_plot(plot: Path | None) -> None:
@@ -254,17 +286,53 @@ def _score(
     axes: tuple[str, ...] = AXES,
     target_modules: Sequence[str] = (),
 ) -> ScoreTable:
-    from . import data, scoring
+    from . import scoring
 
-    sample = []
-    if rule.needs_data:
-        sample = data.calibration_batches(data.load(source)["train"], loaded.tokenizer, calibration, seed)
     return scoring.score(
         loaded.model,
         rule,
-        sample,
+        _calibration_batches(loaded, rule, source, calibration, seed),
         target_modules=target_modules,
         axes=axes,
+        seed=seed,
+        model_source=loaded.source,
+        model_fingerprint=loaded.fingerprint,
+        data_source=source,
+    )
+
+
+def _calibration_batches(
+    loaded: LoadedModel, rule: Criterion, source: str, calibration: CalibrationSettings, seed: int
+) -> list[Batch]:
+    from . import data
+
+    if not rule.needs_data:
+        return []
+    return data.calibration_batches(data.load(source)["train"], loaded.tokenizer, calibration, seed)
+
+
+def _score_layers(
+    loaded: LoadedModel,
+    rule: Criterion,
+    source: str,
+    calibration: CalibrationSettings,
+    seed: int,
+    axes: tuple[str, ...],
+    target_modules: Sequence[str],
+) -> LayerScores:
+    """By forward passes alone where the criterion is zero order; else the layer's rows (or columns) summed."""
+    from .scoring import zo_taylor
+    from .scoring.layer_scores import from_rows, zero_order
+
+    if not isinstance(rule, zo_taylor.ZerothOrderTaylor):
+        return from_rows(_score(loaded, rule, source, calibration, seed, axes[:1], target_modules), axes[0])
+    if target_modules or len(axes) == 1:
+        raise InputError("zo-taylor scores layers as a whole, without rows: leave --axis and --target-modules away")
+    return zero_order(
+        loaded.model,
+        _calibration_batches(loaded, rule, source, calibration, seed),
+        passes=rule.passes,
+        epsilon=rule.epsilon,
         seed=seed,
         model_source=loaded.source,
         model_fingerprint=loaded.fingerprint,
@@ -605,7 +673,7 @@ def report(
     console.print_json({"report": str(out)}) if as_json else print(f"report: {out}")
 
 
-DEMO_ZERO_ORDER = "zo-taylor:passes=256"
+DEMO_ZERO_ORDERS = {"zo-taylor": "zo-taylor:passes=128", "zo-spsa": "zo-taylor:estimator=spsa,passes=128"}
 
 
 @command(app)
@@ -619,22 +687,28 @@ def demo(
     run = RunFolder.create(output_dir, resume=resume)
     if run.config.is_file() and read_yaml(run.config).get("model") != "demo":
         raise InputError(f"{output_dir} holds another run than the demo: name another --output-dir")
-    zero_order = run.root / "scores-zo-taylor.safetensors"
+    ours, published = (run.root / f"scores-{name}.safetensors" for name in DEMO_ZERO_ORDERS)
+    zero_orders = zip((ours, published), DEMO_ZERO_ORDERS.values(), ("", ", as published"), strict=True)
+    comparison = run.root / "comparison.json"
     steps: list[tuple[str, Path | None, Callable[[], None]]] = [
-        ("1/7 graph", run.graph, lambda: graph("demo", out=run.graph)),
-        ("2/7 score, exact gradients", run.scores, lambda: score("demo", out=run.scores, seed=seed)),
-        (
-            "3/7 score, forward passes only",
-            zero_order,
-            lambda: score("demo", criterion=DEMO_ZERO_ORDER, out=zero_order, seed=seed),
+        ("graph", run.graph, lambda: graph("demo", out=run.graph)),
+        ("score, exact gradients", run.scores, lambda: score("demo", out=run.scores, seed=seed)),
+        *(
+            (
+                f"score, forward passes only{how}",
+                path,
+                lambda path=path, criterion=criterion: score("demo", criterion=criterion, out=path, seed=seed),
+            )
+            for path, criterion, how in zero_orders
         ),
+        ("compare the rankings", comparison, lambda: compare([run.scores, ours, published], out=comparison)),
         (
-            "4/7 select coupled channels",
+            "select coupled channels",
             run.selection,
             lambda: select(run.scores, SelectionSettings(scope="coupled"), out=run.selection),
         ),
         (
-            "5/7 finetune the selection",
+            "finetune the selection",
             None,  # resumes by itself
             lambda: finetune_rows(
                 "demo",
@@ -645,14 +719,14 @@ def demo(
             ),
         ),
         (
-            "6/7 evaluate before and after",
+            "evaluate before and after",
             run.evaluation,
             lambda: evaluate("demo", adapter=run.root, tasks="exact-match,perplexity"),
         ),
-        ("7/7 report", run.report, lambda: report([run.root])),
+        ("report", run.report, lambda: report([run.root])),
     ]
-    for title, result, step in steps:
-        print(f"\n{title}")
+    for number, (title, result, step) in enumerate(steps, 1):
+        print(f"\n{number}/{len(steps)} {title}")
         if result is not None and result.exists():
             print(f"already there: {result}")
         else:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .records import AXES, ScoreTable, Selection, read_json
+from .records import AXES, LayerScores, ScoreTable, Selection, read_json
 from .runs import RunFolder
 
 if TYPE_CHECKING:
@@ -100,6 +100,16 @@ def print_scores(table: ScoreTable, out: Path, as_json: bool) -> None:
     print_table(title, ["module", f"{axis}s", "mean score"], rows)
     print(f"trust: {found.verdict}")
     print(f"scores of {len(table.scores)} modules: {out}")
+
+
+def print_layer_scores(layer_scores: LayerScores, out: Path, as_json: bool) -> None:
+    """Print every layer's score, its standard error where that is known, and its share of all."""
+    from .scoring.layer_scores import rows
+
+    if as_json:
+        return print_json({**asdict(layer_scores), "layer_scores": str(out)})
+    print_table(f"{layer_scores.criterion}: {len(layer_scores.scores)} layers", *rows(layer_scores))
+    print(f"layer scores: {out}")
 
 
 def print_comparison(value: Mapping[str, Any], written: Sequence[Path], as_json: bool) -> None:

@@ -16,13 +16,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import InputError
-from ..records import ScoreTable, Selection
+from ..records import LayerScores, ScoreTable, Selection
 from .drawing import ACCENT, INK, MUTED, OUTSIDE, WARM, WIDTH, Grid, cell_text, grid, heatmap, save, styled, svg
 
 __all__ = [
     "agreement_matrix",
     "fidelity_curves",
     "importance_heatmap",
+    "layer_bars",
     "loss_curves",
     "memory_bars",
     "save",
@@ -30,6 +31,7 @@ __all__ = [
     "svg",
 ]
 
+MOST_CAPS = 40  # more error bars than this go without caps
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a9099")
 LINE_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
 LINE_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -108,6 +110,37 @@ def selection_map(selection: Selection, layers: Sequence[str]) -> Figure:
     figure.set_label(
         f"Heat map: share of each module's weight that is trained, layers by modules; {mean:.2g} percent of the "
         f"{len(layout.places)} selected modules."
+    )
+    return figure
+
+
+@styled
+def layer_bars(layer_scores: LayerScores) -> Figure:
+    """One bar per layer, in the model's order, with two standard errors either way where they are known."""
+    scores, noise = layer_scores.scores, layer_scores.noise
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(range(len(scores)), list(scores.values()), width=0.72, color=ACCENT)
+    if noise:
+        errors = [2 * noise.get(layer, math.nan) for layer in scores]
+        caps = 2.5 if len(scores) <= MOST_CAPS else 0.0
+        axes.errorbar(
+            range(len(scores)), list(scores.values()), errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=caps
+        )
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("score ± 2 standard errors" if noise else "score")
+    axes.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(f"Importance of layers\n{layer_scores.criterion}")
+    highest = max(scores, key=scores.__getitem__)
+    mean = sum(scores.values()) / len(scores)
+    figure.set_label(
+        f"Bar chart: importance of {len(scores)} layers by {layer_scores.criterion}. Highest in {highest}: "
+        f"{scores[highest] / (mean or 1.0):.2g} times the average layer."
     )
     return figure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,19 @@ from matplotlib.figure import Figure
 
 from .._version import VERSION
 from ..errors import InputError
-from ..records import AXES, ScoreTable, Selection, checked_output, read_json, read_yaml, tensor_file_kind, write_text
+from ..records import (
+    AXES,
+    LayerScores,
+    ScoreTable,
+    Selection,
+    checked_output,
+    read_json,
+    read_yaml,
+    tensor_file_kind,
+    write_text,
+)
 from ..runs import RunFolder
+from ..scoring import layer_scores
 from ..scoring.trust import compare, labels
 from . import comparison, figures
 
@@ -58,6 +69,7 @@ class Contents:
     tables: list[ScoreTable] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)  # the file of each table
     comparison: dict[str, Any] = field(default_factory=dict)
+    layer_scores: LayerScores | None = None
     selection: Selection | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +77,7 @@ class Contents:
 
 
 def render(paths: Sequence[Path], out: Path) -> Path:
-    """Write the page about run folders, scores, selections, comparisons, memory and evaluation files, in any mix.
+    """Write the page about run folders and files of one: scores, selections, comparisons, memory, …, in any mix.
 
     Score files of one model share a chapter. The figures of a run folder are also written there as PNG.
 
@@ -141,7 +153,9 @@ def _read(path: Path) -> Contents:
         return Contents(str(path), evaluation=value)
     if "pairs" in value:
         return Contents(str(path), comparison=value)
-    raise InputError(f"{path} holds no memory, evaluation or comparison: name a run folder or a file of one")
+    if value.get("kind") == "layer_scores":
+        return Contents(str(path), layer_scores=LayerScores.load(path))
+    raise InputError(f"{path} holds nothing that rowscope measured: name a run folder or a file of one")
 
 
 def _joined(contents: list[Contents]) -> list[Contents]:
@@ -181,7 +195,7 @@ def _read_run(run: RunFolder) -> Contents:
 
 def _sections(entry: Contents, writer: FigureWriter) -> Iterator[Section]:
     """The sections in the order a reader asks, those without content left out."""
-    makers: list[Callable[[Contents, FigureWriter], Section]] = [_trained, _gained, _cost, _scores, _trust, _reproduce]
+    makers = (_trained, _gained, _cost, _scores, _layers, _trust, _reproduce)
     for make in makers:
         section = make(entry, writer)
         if section.text or section.tables or section.pictures:
@@ -292,6 +306,17 @@ def _scores(entry: Contents, writer: FigureWriter) -> Section:
     return section
 
 
+def _layers(entry: Contents, writer: FigureWriter) -> Section:
+    section = Section("Which layers matter")
+    found = entry.layer_scores
+    if found is not None:
+        passes = f"{found.forward_passes} forward and {found.backward_passes} backward passes"
+        caption = f"By {found.criterion}, {passes} on {found.data_source or 'no data'}."
+        section.tables.append(Table(*layer_scores.rows(found), caption))
+        section.pictures.append(writer.picture(entry, "layers", figures.layer_bars(found), "Importance of blocks."))
+    return section
+
+
 def _trust(entry: Contents, writer: FigureWriter) -> Section:
     section = Section("How far to trust the scores")
     value = entry.comparison
@@ -354,6 +379,8 @@ def _identity(entry: Contents) -> dict[str, str]:
         return {"source": provenance.model_source, "fingerprint": provenance.model_fingerprint}
     if entry.comparison:
         return dict(entry.comparison["model"])
+    if entry.layer_scores:
+        return {"source": entry.layer_scores.model_source, "fingerprint": entry.layer_scores.model_fingerprint}
     return {"fingerprint": entry.selection.model_fingerprint} if entry.selection else {}
 
 

@@ -30,7 +30,7 @@ RANK = 16
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 METHODS = {
     "coupled channels, taylor": ("taylor", "coupled", "row"),
-    "coupled channels, zo-taylor": ("zo-taylor:passes=256", "coupled", "row"),
+    "coupled channels, zo-taylor as published": ("zo-taylor:estimator=spsa,passes=256", "coupled", "row"),
     "coupled channels, magnitude": ("magnitude", "coupled", "row"),
     "coupled channels, random": ("random", "coupled", "row"),
     "columns, taylor": ("taylor", "layer", "column"),

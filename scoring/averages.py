@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from ..records import AxisTensors
+from ..records import AXES, AxisTensors
+from .ranks import summed, world
+from .weights import Weight
 
 
 class HalfMeans:
@@ -19,6 +23,11 @@ class HalfMeans:
         entry = self.sums[number % 2].setdefault(name, {})
         for axis, value in values.items():
             entry[axis] = entry[axis] + value if axis in entry else value
+
+    def reduce_over_ranks(self, weights: Mapping[str, Weight]) -> None:
+        """Make the sums those of all ranks' batches."""
+        first, second = summed_tables(self.sums, weights)
+        self.sums = (first, second)
 
     def means(self, count: int) -> tuple[AxisTensors, tuple[AxisTensors, AxisTensors] | tuple[()]]:
         """Means over `count` batches, and over each half of them (none if there is one batch only)."""
@@ -36,3 +45,30 @@ class HalfMeans:
 
 def _divided(sums: AxisTensors, count: int) -> AxisTensors:
     return {name: {axis: total / count for axis, total in entry.items()} for name, entry in sums.items()}
+
+
+def summed_tables(
+    tables: Sequence[AxisTensors], weights: Mapping[str, Weight], axes: Sequence[str] = AXES
+) -> list[AxisTensors]:
+    """Tables of row and column values, each summed over all ranks, in one go.
+
+    A module that a rank's table lacks counts as zero there; one that all lack stays away.
+    """
+    if world()[1] == 1:
+        return list(tables)
+    device = next(iter(weights.values())).parameter.device
+    parts: list[Tensor] = []
+    for table in tables:
+        for name, weight in weights.items():
+            sizes = {"row": weight.out_features, "column": weight.in_features}
+            entry = table.get(name) or {axis: torch.zeros(sizes[axis]) for axis in axes}
+            parts += [torch.tensor([float(name in table)]), *(entry[axis] for axis in axes)]
+    flat = summed(torch.cat([part.to(device, torch.float32) for part in parts]))
+    whole = iter(flat.split([part.numel() for part in parts]))
+    found: list[AxisTensors] = [{} for _ in tables]
+    for table in found:
+        for name in weights:
+            is_met, values = bool(next(whole)), {axis: next(whole) for axis in axes}
+            if is_met:
+                table[name] = values
+    return found

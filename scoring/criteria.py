@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..records import AXES, AxisTensors, Provenance, ScoreTable
 from .cost import measured
 from .losses import Batch, Loss, evaluate, model_loss, model_loss_parts
+from .ranks import same_on_all_ranks, together
 from .weights import Weight, scored_weights
 
 
@@ -98,6 +99,9 @@ def score(
 ) -> ScoreTable:
     """Score rows and columns of a model's weights. The model is left as it was found.
 
+    Where ``torch.distributed`` is initialised, the ranks share the work, and each returns the whole table: give every
+    rank the same model and all the batches.
+
     Args:
         model: any module whose forward takes a batch's entries by name and returns an output with a ``loss``.
         rule: see :func:`criterion`.
@@ -113,12 +117,14 @@ def score(
 
     Raises:
         InputError: if there is nothing to score, data is missing, the model rejects a batch, or a loss is NaN or
-            infinite.
+            infinite; on every rank, if one has met it.
     """
     weights = scored_weights(model, target_modules)
     if rule.needs_data and not batches:
         raise InputError(f"criterion {rule.name} needs data: name some with --data")
-    with evaluating(model), measured(model) as cost:
+    data_fingerprint = data.fingerprint(list(batches)) if rule.needs_data else ""
+    same_on_all_ranks(data_fingerprint)
+    with evaluating(model), measured(model) as cost, together():
         found = rule.measure(Task(model, weights, batches, seed, loss))
     provenance = Provenance(
         criterion=settings.spell(rule.name, rule),
@@ -129,7 +135,7 @@ def score(
         sizes={name: w.numel for name, w in weights.items() if w.numel != w.out_features * w.in_features},
         dtypes={name: str(weight.parameter.dtype).removeprefix("torch.") for name, weight in weights.items()},
         data_source=data_source if rule.needs_data else "",
-        data_fingerprint=data.fingerprint(list(batches)) if rule.needs_data else "",
+        data_fingerprint=data_fingerprint,
         seed=seed,
         forward_passes=found.forward_passes,
         backward_passes=found.backward_passes,

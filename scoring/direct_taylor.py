@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from tqdm import tqdm
 
 from .. import models
 from ..errors import InputError
 from .averages import HalfMeans
+from .blocks import Forward, blocks_of, hidden_states, outside, overridden, replaced
 from .criteria import Measurement, Task, register
-from .gradients import only_trainable, overridden, received, require_gradients
+from .gradients import only_trainable, received, require_gradients
+from .ranks import progress
 from .weights import Weight
-
-Forward = Callable[..., Any]
 
 
 @register
@@ -46,8 +45,7 @@ class DirectTaylor:
         The first forward pass ends in the head's backward pass; in the second one each block is run backward as soon
         as it has run, which together makes one backward pass of the model.
         """
-        if not models.layers(task.model):
-            raise InputError("direct-taylor needs a model of blocks, this one has none: use --criterion taylor")
+        blocks_of(task.model, self.name)
         means, number = HalfMeans(), 0
 
         def receive(weight: Weight, gradient: Tensor) -> None:
@@ -55,9 +53,10 @@ class DirectTaylor:
 
         weights = task.weights.values()
         with only_trainable(task.model, weights), received(weights, receive):
-            for number in tqdm(range(len(task.batches)), desc=self.name, disable=None, delay=2):
+            for number in progress(range(len(task.batches)), self.name):
                 _run_blocks(task, number, _head_gradient(task, number))
         passes = len(task.batches)
+        means.reduce_over_ranks(task.weights)
         scores, halves = means.means(passes)
         return Measurement(scores, halves, forward_passes=2 * passes, backward_passes=passes)
 
@@ -67,20 +66,20 @@ def _head_gradient(task: Task, number: int) -> Tensor:
     last = list(models.layers(task.model).values())[-1]
     ends: list[Tensor] = []
 
-    def wrap(forward: Forward) -> Forward:
+    def wrap(_: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
-            hidden = _hidden_states(output)
+            hidden = hidden_states(output)
             ends.append(hidden.detach().requires_grad_())
             torch.set_grad_enabled(True)  # until the no_grad below ends
-            return ends[-1] if output is hidden else (ends[-1], *output[1:])
+            return replaced(output, ends[-1])
 
         return run
 
     with torch.no_grad(), overridden([last], wrap), _behind_blocks(task) as reached:
         loss = task.loss(number)
-    if lost := next((name for name in _outside_blocks(task) if name not in reached), None):
+    if lost := next((name for name in outside(task.weights, models.layers(task.model)) if name not in reached), None):
         raise InputError(
             f"direct-taylor has no signal for {lost}, it is neither in a block nor behind the last one: "
             "leave it out, or use --criterion taylor"
@@ -96,13 +95,13 @@ def _run_blocks(task: Task, number: int, gradient: Tensor) -> None:
     """Run the model once more, each block backward from `gradient` as soon as it has run."""
     quantised = any(weight.is_quantised for weight in task.weights.values())
 
-    def wrap(forward: Forward) -> Forward:
+    def wrap(_: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             if quantised:  # nothing before a quantised layer may require gradients: give the graph a beginning
                 args, kwargs = require_gradients(task.model, args, kwargs)
             with torch.enable_grad():
                 output = forward(*args, **kwargs)
-            hidden = _hidden_states(output)
+            hidden = hidden_states(output)
             if hidden.shape != gradient.shape:
                 raise InputError("direct-taylor needs blocks of one shape: use --criterion taylor")
             if hidden.requires_grad:  # some of the block's weights are scored
@@ -115,19 +114,6 @@ def _run_blocks(task: Task, number: int, gradient: Tensor) -> None:
         task.loss(number)
 
 
-def _hidden_states(output: Any) -> Tensor:
-    """What a block hands on: its output, or the first of its outputs."""
-    hidden = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(hidden, Tensor):
-        raise InputError(f"direct-taylor: the blocks return a {type(output).__name__}: use --criterion taylor")
-    return hidden
-
-
-def _outside_blocks(task: Task) -> list[str]:
-    blocks = tuple(f"{name}." for name in models.layers(task.model))
-    return [name for name in task.weights if not f"{name}.".startswith(blocks)]
-
-
 @contextmanager
 def _behind_blocks(task: Task) -> Iterator[set[str]]:
     """Within it, the weights outside the blocks that are used while gradients are enabled are noted by name."""
@@ -137,6 +123,6 @@ def _behind_blocks(task: Task) -> Iterator[set[str]]:
         return lambda *_: names.add(name) if torch.is_grad_enabled() else None
 
     with ExitStack() as stack:
-        for name in _outside_blocks(task):
+        for name in outside(task.weights, models.layers(task.model)):
             stack.callback(task.weights[name].module.register_forward_pre_hook(note(name)).remove)
         yield names

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError, unknown_name
 from .averages import HalfMeans
 from .criteria import Measurement, Task, register
 from .gradients import streamed
 from .losses import Batch, evaluate, model_loss
+from .ranks import progress
 from .weights import Weight
 
 
@@ -57,9 +57,10 @@ class Fisher:
         if not parts:
             raise InputError("no example has a label, there is no loss to differentiate: look at the data's labels")
         with streamed(task.model, task.weights, receive):
-            for number in tqdm(range(len(parts)), desc=self.name, disable=None, delay=2):
+            for number in progress(range(len(parts)), self.name):
                 origin, part = parts[number]
                 evaluate(task.own_loss or model_loss, task.model, part, origin).sum().backward()
+        means.reduce_over_ranks(task.weights)
         scores, halves = means.means(len(parts))
         return Measurement(scores, halves, forward_passes=len(parts), backward_passes=len(parts))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import models
+from .blocks import overridden
 from .weights import Weight
 
 Receiver = Callable[[Weight, Tensor], None]
@@ -78,26 +79,7 @@ def only_trainable(model: nn.Module, weights: Iterable[Weight]) -> Iterator[None
             parameter.grad = gradient
 
 
-@contextmanager
-def overridden(
-    modules: Iterable[nn.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """Within it each module's forward is ``wrap(forward)``."""
-    changed: list[tuple[nn.Module, Callable[..., Any] | None]] = []
-    try:
-        for module in modules:
-            changed.append((module, module.__dict__.get("forward")))  # accelerate's hooks, if any, live there
-            module.forward = wrap(module.forward)
-        yield
-    finally:
-        for module, own in changed:
-            if own is None:
-                del module.forward  # the class's own is seen again
-            else:
-                module.forward = own
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(_: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError, unknown_name
 from ..records import AXES, AxisTensors
+from .averages import summed_tables
 from .criteria import Measurement, Task, register
 from .gradients import streamed
 from .losses import Batch, evaluate, model_loss
+from .ranks import progress, summed
 from .weights import Weight
 
 AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,9 +55,12 @@ class LabelwiseTaylor:
             raise unknown_name("aggregator of labelwise-taylor", self.aggregator, AGGREGATORS)
 
     def measure(self, task: Task) -> Measurement:
-        """A forward and a backward pass for each chunk of a class's examples, none larger than the largest batch."""
-        classes, passes = examples_by_class(task.batches), 0
-        table: dict[str, dict[str, list[Tensor]]] = {name: {axis: [] for axis in AXES} for name in task.weights}
+        """A forward and a backward pass for each chunk of a class's examples, none larger than the largest batch.
+
+        Ranks share the classes.
+        """
+        classes, passes = list(examples_by_class(task.batches).values()), torch.zeros(1)
+        tables: list[AxisTensors] = [{} for _ in classes]
         gradients: dict[Weight, Tensor] = {}
 
         def receive(weight: Weight, gradient: Tensor) -> None:
@@ -64,27 +68,29 @@ class LabelwiseTaylor:
             gradients[weight] = gradient.float() if total is None else total + gradient
 
         with streamed(task.model, task.weights, receive):
-            for examples in tqdm(classes.values(), desc=self.name, disable=None, delay=2):
-                for number, batch, share in _chunks(task.batches, examples):
+            for place in progress(range(len(classes)), self.name):
+                for number, batch, share in _chunks(task.batches, classes[place]):
                     (evaluate(task.own_loss or model_loss, task.model, batch, number).sum() * share).backward()
                     passes += 1
                 for weight in list(gradients):
                     values = weight.reduce((weight.values() * gradients.pop(weight)).abs_())
-                    for axis, value in values.items():
-                        table[weight.name][axis].append(value)
-        return Measurement(self._aggregated(table, len(classes)), forward_passes=passes, backward_passes=passes)
+                    tables[place][weight.name] = values
+        scores = self._aggregated(summed_tables(tables, task.weights), task.weights)
+        spent = int(summed(passes))
+        return Measurement(scores, forward_passes=spent, backward_passes=spent)
 
-    def _aggregated(self, table: dict[str, dict[str, list[Tensor]]], classes: int) -> AxisTensors:
+    def _aggregated(self, tables: Sequence[AxisTensors], names: Iterable[str]) -> AxisTensors:
         """A layer that a class's examples do not come through counts as zero for that class."""
 
         def aggregate(found: list[Tensor]) -> Tensor:
-            scores = torch.stack(found + [torch.zeros_like(found[0])] * (classes - len(found)))
-            return AGGREGATORS[self.aggregator](scores)
+            missing = [torch.zeros_like(found[0])] * (len(tables) - len(found))
+            return AGGREGATORS[self.aggregator](torch.stack(found + missing))
 
+        by_name = {name: [table[name] for table in tables if name in table] for name in names}
         return {
-            name: {axis: aggregate(found) for axis, found in axes.items()}
-            for name, axes in table.items()
-            if axes["row"]
+            name: {axis: aggregate([entry[axis] for entry in entries]) for axis in AXES}
+            for name, entries in by_name.items()
+            if entries
         }
 
 

@@ -32,9 +32,15 @@ def model_loss_parts(model: nn.Module, batch: Batch) -> Tensor:
     Known for transformers' language models and classifiers; of any other model the loss is one part, ``(1,)``.
     """
     output = _output(model, batch)
-    loss, kind = _own(output), getattr(model, "loss_type", None)
+    loss, kind = _own(output), getattr(model, "loss_type", None) or SHIFTED  # transformers' own default
     logits, labels = getattr(output, "logits", None), batch.get("labels")
-    if logits is not None and labels is not None and not labels.is_floating_point() and kind in (SHIFTED, *PLAIN):
+    if (
+        logits is not None
+        and labels is not None
+        and not labels.is_floating_point()
+        and logits.shape[:-1] == labels.shape
+        and kind in (SHIFTED, *PLAIN)
+    ):
         if kind == SHIFTED:
             logits, labels = logits[:, :-1], labels[:, 1:]
         flat = labels.reshape(-1)
@@ -64,13 +70,14 @@ def evaluate(loss: Loss, model: nn.Module, batch: Batch, number: int) -> Tensor:
             f"the model rejects batch {number} ({type(error).__name__}: {reason}): mend its data"
         ) from error
     if not bool(torch.isfinite(result).all()):
-        value = float(result.sum())
+        value = float(result.detach().sum())
         raise InputError(f"the loss of batch {number} is {value}: look at its data and labels, or use --dtype float32")
     return result
 
 
 def _output(model: nn.Module, batch: Batch) -> Any:
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    wrapped = getattr(model, "get_base_model", lambda: model)()  # PEFT's models hand everything on to theirs
+    takes_cache = "use_cache" in inspect.signature(wrapped.forward).parameters
     return model(**batch, use_cache=False) if takes_cache else model(**batch)
 
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from .averages import HalfMeans
 from .criteria import Measurement, Task, register
 from .gradients import streamed
+from .ranks import progress
 from .weights import Weight
 
 
@@ -41,8 +41,9 @@ class Taylor:
             means.add(number, weight.name, values)
 
         with streamed(task.model, task.weights, receive):
-            for number in tqdm(range(len(task.batches)), desc=self.name, disable=None, delay=2):
+            for number in progress(range(len(task.batches)), self.name):
                 task.loss(number).backward()
         passes = len(task.batches)
+        means.reduce_over_ranks(task.weights)
         scores, halves = means.means(passes)
         return Measurement(scores, halves, forward_passes=passes, backward_passes=passes)

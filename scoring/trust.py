@@ -94,12 +94,13 @@ def _verdict(found: Trust, knows_data: bool, broken: int) -> str:
         return f"ranks {found.axis}s almost as the weight norm does (Spearman {like:.2f}): magnitude costs no pass"
     if half is None or beyond is None:
         return "keeps no halves, so its stability is not known: score at least 2 batches (--score-batches)"
+    halves, mend = ("data", "--score-batches") if ratio is None else ("probes", "passes")
     if half < UNSTABLE:
-        return f"half of the data gives another ranking (split-half {half:.2f}): more --score-batches"
+        return f"half of the {halves} gives another ranking (split-half {half:.2f}): more {mend}"
     if beyond < UNSTABLE:
-        return f"beyond the weight norm, half of the data gives another ranking ({beyond:.2f}): more --score-batches"
+        return f"beyond the weight norm, half of the {halves} gives another ranking ({beyond:.2f}): more {mend}"
     alike = "nearly the same" if half >= STABLE else "a similar"
-    return f"half of the data gives {alike} ranking (split-half {half:.2f}, {beyond:.2f} beyond the weight norm)"
+    return f"half of the {halves} gives {alike} ranking (split-half {half:.2f}, {beyond:.2f} beyond the weight norm)"
 
 
 def common_axis(tables: Sequence[ScoreTable]) -> str:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..records import AxisTensors
+from .averages import summed_tables
 from .criteria import Measurement, Task, register
+from .ranks import progress
 from .weights import CONVOLUTIONS, Weight
 
 Squares = dict[str, Tensor]
@@ -41,11 +42,15 @@ class Wanda:
         """One forward pass a batch; even and odd batches make the two halves."""
         halves: tuple[Squares, Squares] = ({}, {})
         with torch.inference_mode():
-            for number in tqdm(range(len(task.batches)), desc=self.name, disable=None, delay=2):
-                with measured(task.weights, task.batches[number].get("attention_mask"), halves[number % 2]):
+            for number in progress(range(len(task.batches)), self.name):
+                with norms_added(task.weights, task.batches[number].get("attention_mask"), halves[number % 2]):
                     task.loss(number)
-        first, second = halves
-        every = {name: sum(half[name] for half in halves if name in half) for name in first | second}
+        columns = [{name: {"column": squares} for name, squares in half.items()} for half in halves]
+        first, second = (
+            {name: axes["column"] for name, axes in half.items()}
+            for half in summed_tables(columns, task.weights, ("column",))
+        )
+        every = {name: sum(half[name] for half in (first, second) if name in half) for name in first | second}
         passes = len(task.batches)
         scores = _scores(task.weights, every)  # type: ignore[arg-type]
         if passes == 1:
@@ -58,30 +63,20 @@ class Wanda:
 def _scores(weights: Mapping[str, Weight], squares: Squares) -> AxisTensors:
     """Row and column scores; zeros for a layer that no token came through."""
     return {
-        name: weight.reduce(weight.values().abs().mul_(spread(weight, squares[name].sqrt())))
+        name: weight.reduce(weight.values().abs().mul_(weight.by_column(squares[name].sqrt())))
         if name in squares
         else {"row": torch.zeros(weight.out_features), "column": torch.zeros(weight.in_features)}
         for name, weight in weights.items()
     }
 
 
-def spread(weight: Weight, columns: Tensor) -> Tensor:
-    """Values of the columns ``(in_features,)``, shaped to broadcast against :meth:`Weight.values`."""
-    if weight.transposed:
-        return columns.unsqueeze(1)
-    if not isinstance(weight.module, CONVOLUTIONS):
-        return columns
-    rows = columns.unflatten(0, (weight.groups, -1)).repeat_interleave(weight.out_features // weight.groups, dim=0)
-    return rows.reshape(*rows.shape, *(1 for _ in weight.module.kernel_size))
-
-
 @contextmanager
-def measured(weights: Mapping[str, Weight], mask: Tensor | None, squares: Squares) -> Iterator[None]:
+def norms_added(weights: Mapping[str, Weight], importance: Tensor | None, squares: Squares) -> Iterator[None]:
     """Within it the squared norms of every layer's input features are added to `squares`."""
 
     def hook(weight: Weight) -> Callable[[nn.Module, Any], None]:
         def add(_: nn.Module, inputs: Any) -> None:
-            found = squared_norms(weight, inputs[0], mask)
+            found = squared_norms(weight, inputs[0], importance)
             squares[weight.name] = squares[weight.name] + found if weight.name in squares else found
 
         return add
@@ -92,28 +87,33 @@ def measured(weights: Mapping[str, Weight], mask: Tensor | None, squares: Square
         yield
 
 
-def squared_norms(weight: Weight, inputs: Tensor, mask: Tensor | None) -> Tensor:
+def squared_norms(weight: Weight, inputs: Tensor, importance: Tensor | None = None) -> Tensor:
     """Squared norm of each input feature, ``(in_features,)``.
 
     Args:
         weight: of the layer.
         inputs: of the layer: ``(…, in_features)``, of a convolution ``(examples, in_features, positions…)``, of an
             embedding token ids.
-        mask: ``(examples, tokens)``, 0 where there is padding; looked at where the layer's inputs are such tokens.
+        importance: ``(examples, tokens)``, how much each token counts: a mask, 0 where there is padding, or any
+            weights of the sum of squares. Looked at where the layer's inputs are such tokens.
     """
     if isinstance(weight.module, nn.Embedding):
-        if mask is not None and inputs.ndim == 2 and inputs.shape == (1, mask.shape[1]):
-            inputs = inputs.expand(mask.shape)  # positions, the same for every example
-        return torch.bincount(_unpadded(inputs, mask), minlength=weight.in_features).float()
+        if importance is not None and inputs.ndim == 2 and inputs.shape == (1, importance.shape[1]):
+            inputs = inputs.expand(importance.shape)  # positions, the same for every example
+        tokens, counts = _counting(inputs, importance)
+        return torch.bincount(tokens, counts, minlength=weight.in_features).float()
     if isinstance(weight.module, CONVOLUTIONS):
         channels = inputs.movedim(-1 - len(weight.module.kernel_size), -1)
         return channels.flatten(0, -2).float().square().sum(dim=0)
-    return _unpadded(inputs, mask, inputs.shape[-1]).float().square().sum(dim=0)
+    tokens, counts = _counting(inputs, importance, inputs.shape[-1])
+    return counts @ tokens.float().square()
 
 
-def _unpadded(inputs: Tensor, mask: Tensor | None, *feature: int) -> Tensor:
-    """The inputs as one row of tokens, ``(tokens, *feature)``, without padding where the mask fits them."""
+def _counting(inputs: Tensor, importance: Tensor | None, *feature: int) -> tuple[Tensor, Tensor]:
+    """The tokens that count in one row, ``(tokens, *feature)``, and how much each does, ``(tokens,)``."""
     tokens = inputs.reshape(-1, *feature)
     shape = inputs.shape[: inputs.ndim - len(feature)]
-    fits = mask is not None and mask.ndim == 2 and shape in (mask.shape, (mask.numel(),))
-    return tokens[mask.flatten().to(inputs.device) != 0] if fits else tokens  # type: ignore[union-attr]
+    if importance is None or importance.ndim != 2 or shape not in (importance.shape, (importance.numel(),)):
+        return tokens, torch.ones(len(tokens), device=inputs.device)
+    counts = importance.flatten().to(inputs.device, torch.float32)
+    return tokens[counts != 0], counts[counts != 0]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import models
 from ..errors import InputError
-from ..quant.dequantise import dequantise, is_quantised
+from ..quant.layers import dequantise, is_quantised
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -72,6 +72,22 @@ class Weight:
             row = values.flatten(1).sum(dim=1)
             column = values.flatten(2).sum(dim=2).unflatten(0, (self.groups, -1)).sum(dim=1).flatten()
         return {"row": finish(row), "column": finish(column)}
+
+    def by_column(self, values: Tensor) -> Tensor:
+        """Values of the columns ``(in_features,)``, shaped to broadcast against :meth:`values`."""
+        if self.transposed:
+            return values.unsqueeze(1)
+        if not isinstance(self.module, CONVOLUTIONS):
+            return values
+        rows = values.unflatten(0, (self.groups, -1)).repeat_interleave(self.out_features // self.groups, dim=0)
+        return rows.reshape(*rows.shape, *(1 for _ in self.module.kernel_size))
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Values of the rows ``(out_features,)``, shaped to broadcast against :meth:`values`."""
+        if self.transposed:
+            return values
+        dimensions = 2 if self.is_quantised else self.parameter.ndim
+        return values.reshape(-1, *(1 for _ in range(dimensions - 1)))
 
 
 def view(name: str, module: nn.Module) -> Weight | None:

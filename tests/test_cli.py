@@ -179,7 +179,7 @@ def test_settings_come_from_yaml_and_flags_win(capsys, tmp_path):
 def test_scores_of_one_seed_are_equal(tmp_path):
     """Guards determinism of the files: the same command writes the same bytes, but for what it cost."""
     for name in ("a", "b"):
-        assert run("score", "demo", "--criterion", "zo-taylor:passes=4", *FAST, "--out", f"{name}.safetensors") == 0
+        assert run("score", "demo", "--criterion", "zo-taylor:passes=32", *FAST, "--out", f"{name}.safetensors") == 0
         table = ScoreTable.load(tmp_path / f"{name}.safetensors")
         free = dataclasses.replace(table.provenance, seconds=None, peak_memory=None)
         dataclasses.replace(table, provenance=free).save(tmp_path / f"{name}.safetensors")
@@ -189,7 +189,7 @@ def test_scores_of_one_seed_are_equal(tmp_path):
 def test_compare_tells_the_story_on_one_screen(capsys, tmp_path, monkeypatch):
     """Guards 'rowscope compare': trust, agreement and verdicts in 24 lines of 100 columns, the rest in files."""
     monkeypatch.setenv("COLUMNS", "100")
-    criteria = {"taylor": "taylor", "zo": "zo-taylor:passes=4", "size": "magnitude", "chance": "random"}
+    criteria = {"taylor": "taylor", "zo": "zo-taylor:passes=24", "size": "magnitude", "chance": "random"}
     for name, criterion in criteria.items():
         assert run("score", "demo", "--criterion", criterion, *FAST, "--out", f"{name}.safetensors") == 0
     printed = capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_compare_tells_the_story_on_one_screen(capsys, tmp_path, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 110, "verdicts may wrap, tables may not"
-    assert any(line.split()[:3] == ["taylor", "~", "zo-taylor:passes=4"] for line in lines)
+    assert any(line.split()[:3] == ["taylor", "~", "zo-taylor:passes=24"] for line in lines)
     assert any(line.startswith("magnitude: knows nothing of the data") for line in lines)
     value = run_ok(capsys, "compare", *files, "--axis", "column", "--out", "c.json", "--plot", "m.svg")
     assert value["axis"] == "column"
@@ -240,6 +240,27 @@ def test_target_modules_are_scored(capsys, tmp_path):
     assert len(ScoreTable.load(tmp_path / "scores.safetensors").scores) == 6
 
 
+def test_layers_are_scored(capsys, tmp_path):
+    """Guards --granularity layer: rows summed or forward passes alone, a picture, and what takes the file."""
+    fast = [*FAST, "--granularity", "layer"]
+    rows = run_ok(capsys, "score", "demo", *fast, "--axis", "column", "--out", "rows.json")
+    assert (rows["criterion"], rows["backward_passes"], rows["layer_scores"]) == ("columns:taylor", 2, "rows.json")
+    gates = run_ok(capsys, "score", "demo", *fast, "--criterion", "zo-taylor:passes=18", "--plot", "bars.png")
+    assert (gates["criterion"], gates["forward_passes"]) == ("gates:passes=18,epsilon=0.001", 18)
+    assert gates["data_fingerprint"] == rows["data_fingerprint"]
+    found = LayerScores.load(tmp_path / "layer_scores.json")
+    assert (found.scores, found.noise) == (gates["scores"], gates["noise"])
+    assert list(found.scores) == list(rows["scores"]) == [f"model.layers.{number}" for number in range(8)]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert run("score", "demo", *fast, "--criterion", "magnitude", "--out", "size.json") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "rows:magnitude: 8 layers layer score standard error share" in printed
+    assert run("score", "demo", *FAST) == 0
+    picked = run_ok(capsys, "select", "scores.safetensors", "--layer-scores", "layer_scores.json")
+    assert picked["layer_scores"].startswith("gates:passes=18")
+    assert run("report", "layer_scores.json", "--out", "r.html") == 0
+
+
 def test_scores_of_other_models_are_not_compared(capsys, tmp_path):
     """Guards 'rowscope compare' against rows of different models: one line, exit 2, nothing written."""
     assert run("score", "demo", "--criterion", "magnitude", "--out", "a.safetensors") == 0
@@ -274,6 +295,10 @@ def test_scores_of_other_models_are_not_compared(capsys, tmp_path):
         ("finetune rows ./nowhere --data demo --output-dir a", "does not exist"),
         ("finetune rows demo --selection bad.yaml --output-dir a", "has no linear module 'm'"),
         ("score demo --plot x.gif", "name a .png or .svg file"),
+        ("score demo --granularity head", "unknown granularity 'head'"),
+        ("score demo --granularity layer --out s.safetensors", "name a .json file for scores of layers"),
+        ("score demo --granularity layer --criterion zo-taylor --axis row", "leave --axis and --target-modules away"),
+        ("score demo --granularity layer --criterion zo-taylor:passes=8", "a batch takes 9"),
         ("score demo --criterion magnitude --target-modules down_prj", "target module 'down_prj' matches no"),
         ("score demo --target-modules down_proj,,lm_head", "has an empty name"),
         ("compare", "Missing argument 'SCORES...'"),

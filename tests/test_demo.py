@@ -21,7 +21,7 @@ def test_the_demo_gains_what_it_promises(tmp_path, monkeypatch):
     assert exact["after"]["value"] >= exact["before"]["value"] + 0.3
     assert results["perplexity"]["after"]["value"] < results["perplexity"]["before"]["value"]
     assert Selection.load(run.selection).origin["scope"] == "coupled"
-    assert len(run.score_tables()) == 2
+    assert len(run.score_tables()) == 3
     before = run.run.read_bytes()
     with pytest.raises(SystemExit) as exit_:
         cli.main(["demo", "--output-dir", "d", "--resume"])

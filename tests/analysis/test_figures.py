@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rowscope import InputError, ScoreTable, Selection
 from rowscope.analysis import figures
 from rowscope.analysis.drawing import OUTSIDE, grid
-from rowscope.records import Provenance
+from rowscope.records import LayerScores, Provenance
 from rowscope.scoring.trust import compare
 
 POINTS = [
@@ -74,6 +74,19 @@ def test_fidelity_refuses_what_a_log_axis_cannot_show():
         figures.fidelity_curves([{"criterion": "magnitude", "passes": 0, "mean": 0.1, "standard_error": 0.0}])
     with pytest.raises(InputError, match="no fidelity"):
         figures.fidelity_curves([])
+
+
+def test_layer_bars():
+    """Guards the picture of layers: a bar each in the model's order, two standard errors where known, and words."""
+    scores = LayerScores({"h.0": 1.0, "h.1": 4.0, "h.2": 0.0}, "gates:passes=8", noise={"h.0": 0.1, "h.1": 0.25})
+    (axes,) = (figure := figures.layer_bars(scores)).axes
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 4.0, 0.0]
+    ends = [segment[:, 1].tolist() for segment in axes.containers[1].lines[2][0].get_segments() if len(segment)]
+    assert numpy.allclose(ends, [[0.8, 1.2], [3.5, 4.5]])
+    assert [tick for tick in axes.get_xticks() if 0 <= tick <= 2] == [0, 1, 2]
+    assert "by gates:passes=8. Highest in h.1: 2.4 times the average layer." in figure.get_label()
+    (axes,) = figures.layer_bars(LayerScores({"only": 0.0}, "rows:taylor")).axes
+    assert axes.get_ylabel() == "score", "nothing is said of errors where none is known"
 
 
 def test_agreement_matrix_shows_the_comparison():

@@ -12,7 +12,7 @@ import pytest
 
 from rowscope import InputError, ScoreTable
 from rowscope.analysis.report import render
-from rowscope.records import write_json
+from rowscope.records import LayerScores, write_json
 from rowscope.scoring.trust import compare, labels
 
 SECTIONS = (
@@ -72,6 +72,18 @@ def test_parts_alone(make_run, tmp_path):
         page = render([path], tmp_path / "r.html").read_text()
         assert f"<h3>{SECTIONS[number]}</h3>" in page, path
     assert not (tmp_path / "figures").exists()
+
+
+def test_layer_scores_alone(tmp_path):
+    """Guards a person who scored layers: bars, a table, what made them; whatever the names in the file."""
+    found = LayerScores({HOSTILE: 3.0, "b": 1.0}, "gates:passes=8", "m", "f" * 64, forward_passes=6, noise={"b": 0.1})
+    found.save(tmp_path / "l.json")
+    page = render([tmp_path / "l.json"], tmp_path / "r.html").read_text()
+    assert "<h3>Which layers matter</h3>" in page
+    assert page.count("<svg role=") == 1
+    for expected in ("75.0%", "By gates:passes=8, 6 forward and 0 backward passes", "f" * 64):
+        assert expected in page
+    assert HOSTILE not in page
 
 
 @pytest.mark.parametrize("axes", [("row",), ("column",), ("row", "column")])

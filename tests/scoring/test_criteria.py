@@ -1,13 +1,10 @@
 """Every criterion against an independent computation of its formula."""
 
-import math
-
 import pytest
 import torch
 
 from rowscope import InputError, criterion, scoring
 from rowscope.models import linear_modules
-from rowscope.scoring.zo_taylor import draw
 
 
 @pytest.fixture
@@ -107,72 +104,7 @@ def test_taylor_leaves_the_model_alone(tiny_llama, batches):
     assert not any(parameter._post_accumulate_grad_hooks for parameter in tiny_llama.parameters())
 
 
-def test_zero_order_taylor(tiny_llama, batches):
-    """Guards the estimator: the same draws, written naively with the whole perturbed model, give the same scores."""
-    tiny_llama.double()
-    modules = linear_modules(tiny_llama)
-    passes, epsilon, seed = 12, 1e-3, 5
-    rule = criterion(f"zo-taylor:passes={passes},epsilon={epsilon}")
-    table = scoring.score(tiny_llama, rule, batches, seed=seed)
-    first = int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(seed)))
-    weights = [module.weight for module in modules.values()]
-    originals = [weight.detach().clone() for weight in weights]
-    estimate = [torch.zeros_like(weight) for weight in originals]
-    slopes = []
-    for probe in range(passes // 2):
-        zs = [draw(w, first + probe * len(modules) + n) for n, w in enumerate(originals)]
-        losses = []
-        for sign in (1, -1):
-            for weight, original, z in zip(weights, originals, zs, strict=True):
-                weight.data = original + sign * epsilon * z
-            with torch.no_grad():
-                losses.append(tiny_llama(**batches[probe % 3]).loss)
-        slopes.append((losses[0] - losses[1]) / (2 * epsilon))
-        estimate = [e + slopes[-1] * z / (passes // 2) for e, z in zip(estimate, zs, strict=True)]
-    sigma = torch.stack(slopes).square().mean().sqrt() / math.sqrt(passes // 2)
-    for number, name in enumerate(modules):
-        product = originals[number].abs() * estimate[number].abs()
-        torch.testing.assert_close(table.scores[name]["row"], product.sum(1).float(), rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(table.scores[name]["column"], product.sum(0).float(), rtol=1e-4, atol=1e-7)
-        expected = originals[number].abs().sum(1) * sigma * math.sqrt(2 / math.pi)
-        torch.testing.assert_close(table.noise[name]["row"], expected.float(), rtol=1e-4, atol=1e-7)
-    energy = sum(float(e.square().sum()) for e in estimate)
-    count = sum(e.numel() for e in estimate)
-    ratio = math.sqrt(max(0.0, energy / (count * float(sigma) ** 2) - 1))
-    assert table.provenance.signal_to_noise == pytest.approx(ratio, abs=1e-3)
-    assert table.provenance.forward_passes == passes
-
-
-def test_zero_order_slopes_follow_the_gradient(tiny_llama, batches):
-    """Guards the estimate's scale: a slope along z is g·z, its mean square the gradient's squared norm."""
-    modules = linear_modules(tiny_llama.double())
-    weights = [module.weight for module in modules.values()]
-    gradients = torch.autograd.grad(tiny_llama(**batches[0]).loss, weights)
-    rule = criterion("zo-taylor:passes=400")
-    table = scoring.score(tiny_llama, rule, batches[:1], seed=0)
-    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-    name = next(iter(modules))
-    sizes = modules[name].weight.detach().abs().sum(1).float()
-    sigma = float((table.noise[name]["row"] / sizes).mean()) / math.sqrt(2 / math.pi)
-    assert sigma * math.sqrt(200) == pytest.approx(norm, rel=0.2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_order_restores_the_weights(tiny_llama, batches, dtype):
-    """Guards the weights bit for bit, in bf16 too, also when a forward pass fails midway."""
-    tiny_llama.to(dtype)
-    before = {name: parameter.detach().clone() for name, parameter in tiny_llama.named_parameters()}
-    scoring.score(tiny_llama, criterion("zo-taylor:passes=4"), batches)
-    del batches[1]["attention_mask"]
-    batches[1]["input_ids"] = torch.full((2, 9), 10**6)
-    with pytest.raises(InputError, match="rejects batch 1"):
-        scoring.score(tiny_llama, criterion("zo-taylor:passes=4"), batches)
-    for name, parameter in tiny_llama.named_parameters():
-        assert torch.equal(before[name], parameter)
-        assert not parameter.is_inference()
-
-
-@pytest.mark.parametrize("name", ["random", *EXACT, "zo-taylor:passes=4"])
+@pytest.mark.parametrize("name", ["random", *EXACT, "zo-taylor:passes=60", "zo-taylor:estimator=spsa,passes=4"])
 def test_one_seed_one_result(tiny_llama, batches, name):
     """Guards determinism: equal seeds give equal scores, and where chance decides, other seeds give others."""
     first, again, other = (scoring.score(tiny_llama, criterion(name), batches, seed=seed) for seed in (0, 0, 1))
@@ -182,14 +114,12 @@ def test_one_seed_one_result(tiny_llama, batches, name):
 
 
 def test_exact_scores_are_stable_on_the_demo_model(demo, demo_batches):
-    """Guards the demo's story: Taylor's halves agree, zero-order's signal drowns in noise at few passes."""
+    """Guards the demo's story: Taylor's halves agree."""
     exact = scoring.score(demo.model, criterion("taylor"), demo_batches)
-    guess = scoring.score(demo.model, criterion("zo-taylor:passes=8"), demo_batches)
     first, second = (
         torch.cat([half[m]["row"] / half[m]["row"].mean() for m in exact.scores]) for half in exact.halves
     )
     assert torch.corrcoef(torch.stack([first, second]))[0, 1] > 0.5
-    assert guess.provenance.signal_to_noise < 0.5
 
 
 @pytest.mark.parametrize(
@@ -223,7 +153,13 @@ def test_settings_are_spelled_back():
     """Guards provenance: a criterion's spelling builds the same criterion."""
     from rowscope import settings
 
-    for text in ("magnitude:p=1", "taylor", "taylor:multivariable=True", "zo-taylor:passes=8,epsilon=0.01"):
+    for text in (
+        "magnitude:p=1",
+        "taylor",
+        "taylor:multivariable=True",
+        "zo-taylor:passes=8,epsilon=0.01",
+        "zo-taylor:estimator=spsa,passes=8",
+    ):
         rule = criterion(text)
         assert settings.spell(rule.name, rule) == text
         assert criterion(settings.spell(rule.name, rule)) == rule

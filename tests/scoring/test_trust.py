@@ -36,7 +36,7 @@ def batch(seed, examples, tokens):
     [
         ("magnitude", "knows nothing of the data: it ranks rows as the weight norm does"),
         ("random", "knows nothing of the data (Spearman with the weight norm "),
-        ("zo-taylor:passes=8", "this ranking is mostly weight magnitude; try --criterion taylor"),
+        ("zo-taylor:estimator=spsa,passes=8", "this ranking is mostly weight magnitude; try --criterion taylor"),
         ("wanda", "ranks rows almost as the weight norm does (Spearman 0.9"),
         ("taylor", "half of the data gives nearly the same ranking (split-half 0.9"),
     ],
@@ -90,7 +90,7 @@ def test_noise_is_called_noise(tiny_llama):
     with torch.no_grad():
         for module in linear_modules(tiny_llama).values():
             module.weight.copy_(module.weight.sign() * 0.02)
-    found = trust(scoring.score(tiny_llama, criterion("zo-taylor:passes=8"), [batch(0, 2, 9)]))
+    found = trust(scoring.score(tiny_llama, criterion("zo-taylor:estimator=spsa,passes=8"), [batch(0, 2, 9)]))
     assert found.signal_to_noise < 1
     assert "mostly noise; try --criterion taylor" in found.verdict
 
@@ -154,13 +154,17 @@ def test_memory_is_that_of_the_block():
 
 def test_comparison(scored):
     """Guards comparison.json: every table, every pair, every module, as JSON; the first table comes first."""
-    tables = [scored(text) for text in ("taylor", "zo-taylor:passes=8", "magnitude")]
+    tables = [scored(text) for text in ("taylor", "zo-taylor:estimator=spsa,passes=8", "magnitude")]
     value = compare(labels(tables, ["a", "b", "c"]))
     assert json.loads(json.dumps(value, allow_nan=False)) == value
     assert value["axis"] == "row"
-    assert [table["name"] for table in value["tables"]] == ["taylor", "zo-taylor:passes=8", "magnitude"]
+    assert [table["name"] for table in value["tables"]] == ["taylor", "zo-taylor:estimator=spsa,passes=8", "magnitude"]
     named = [(pair["first"], pair["second"]) for pair in value["pairs"]]
-    assert named == [("taylor", "zo-taylor:passes=8"), ("taylor", "magnitude"), ("zo-taylor:passes=8", "magnitude")]
+    assert named == [
+        ("taylor", "zo-taylor:estimator=spsa,passes=8"),
+        ("taylor", "magnitude"),
+        ("zo-taylor:estimator=spsa,passes=8", "magnitude"),
+    ]
     for pair, (first, second) in zip(value["pairs"], [(0, 1), (0, 2), (1, 2)], strict=True):
         expected = agreement.agreement(tables[first], tables[second], "row")
         assert pair["median"] == vars(expected.median)
