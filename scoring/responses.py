@@ -197,7 +197,8 @@ class _Block:
             sizes_of_steps = self._steps(moved, epsilon)
             patterns = random_signs((probes, sum(sizes)), self.generator, torch.int8).to(device)
             rank, ranks = world()
-            readings = torch.zeros(probes, self.read(self.clean).numel(), device=device)
+            # Each reading is one of thousands that are squared and added up: eight bits of it are enough.
+            readings = torch.zeros(probes, self.read(self.clean).numel(), device=device, dtype=torch.bfloat16)
             for probe in range(rank, probes, ranks):
                 moved.by = {
                     weight: signs * step

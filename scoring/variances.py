@@ -30,14 +30,14 @@ def row_variances(patterns: Tensor, readings: Tensor, iterations: int = ITERATIO
 
     Args:
         patterns: signs ``(probes, rows)``, of any dtype; few columns of them at a time are made float32.
-        readings: ``(probes, readings)``.
+        readings: ``(probes, readings)``, of any dtype likewise.
         iterations: of the fixed point, from equal variances.
 
     Returns:
         ``(rows,)``, non-negative; zeros if nothing was read.
     """
     probes, rows = patterns.shape
-    moments = readings @ readings.T / readings.shape[1]
+    moments = sum(part.float() @ part.float().T for part in readings.split(COLUMNS, dim=1)) / readings.shape[1]
     power = float(moments.diagonal().mean())
     variances = torch.full((rows,), power / rows, device=patterns.device)
     if power == 0:
@@ -76,11 +76,11 @@ def without_jumps(readings: Tensor, positions: int) -> Tensor:
         positions: how many; each is looked at by itself, over the probes.
     """
     by_position = readings.view(len(readings), positions, -1)
-    squares = torch.linalg.vector_norm(by_position, dim=2).square() / by_position.shape[2]
+    squares = torch.linalg.vector_norm(by_position, dim=2, dtype=torch.float32).square() / by_position.shape[2]
     most = JUMP * squares.kthvalue(ceil(0.75 * len(readings)), dim=0).values  # few probes make a token jump
     jumps = (squares > most) & (most > 0)
     if bool(jumps.any()):
-        by_position *= torch.where(jumps, (most / squares).sqrt(), 1.0).unsqueeze(2)
+        by_position *= torch.where(jumps, (most / squares).sqrt(), 1.0).unsqueeze(2).to(readings.dtype)
     return readings
 
 

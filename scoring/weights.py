@@ -96,7 +96,7 @@ def view(name: str, module: nn.Module) -> Weight | None:
         # On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight at its first forward pass in evaluation mode;
         # whoever dequantises it afterwards, the backward pass too, reads garbage.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return Weight(name, module, module.out_features, module.in_features)  # type: ignore[arg-type]
     if isinstance(module, nn.Linear):
         return Weight(name, module, module.out_features, module.in_features)
