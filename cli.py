@@ -782,7 +782,8 @@ def main(arguments: list[str] | None = None) -> None:
         mend = "free some space" if error.errno in NO_SPACE else "check that the path exists and may be written"
         _fail(f"{error.strerror or error} ({error.filename or 'output'}): {mend}")
     except (KeyboardInterrupt, typer.Abort):
-        resumable = {"finetune", "demo"} & set(sys.argv[1:] if arguments is None else arguments)
+        named = (sys.argv[1:] if arguments is None else arguments)[:1]
+        resumable = named in (["finetune"], ["demo"])
         print(f"{PROGRAM}: interrupted{'; --resume continues' if resumable else ''}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 

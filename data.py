@@ -192,7 +192,9 @@ def calibration_batches(
     for number, batch in enumerate(result):
         if not bool((batch["labels"][:, 1:] != IGNORED_LABEL).any()):
             within = settings.score_tokens
-            raise InputError(f"batch {number} has no token to learn from within {within}: raise --score-tokens")
+            raise InputError(
+                f"batch {number} has no token to learn from within {within}: raise --score-tokens, or fill empty ones"
+            )
     return result
 
 

@@ -141,6 +141,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     transformers.logging.disable_progress_bar()
     folder = resolve(source)
     identity = fingerprint(folder)
+    _check_causal(source, folder)
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -159,6 +160,21 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     check_finite(model, source)
     check_tokenizer(model, tokenizer, source)
     return LoadedModel(model.eval().to(device), tokenizer, source, identity)
+
+
+def _check_causal(source: str, folder: Path) -> None:
+    """Refuse an encoder or a classifier, which transformers would load as a causal model all the same."""
+    import json
+
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    except (ValueError, AttributeError):
+        return  # loading says what is wrong with it
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if name and name not in CAUSAL.values() and not name.endswith("ForConditionalGeneration"):
+        raise InputError(f"{source} is a {name}, no causal language model: name one, or score it in Python")
 
 
 def empty(source: str) -> PreTrainedModel:

@@ -144,6 +144,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             header = json.loads((opened.metadata() or {}).get("rowscope", "{}"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError) as error:
+        if path.suffix != ".safetensors":
+            raise InputError(f"{path} is no safetensors file: name a {kind} file that rowscope wrote") from None
         raise InputError(f"{path} is not a readable safetensors file ({error}): write it again") from None
     if not isinstance(header, dict):
         raise InputError(f"{path} was not written by rowscope: name a {kind} file")
@@ -352,7 +354,7 @@ class Selection:
         if index.ndim != 1 or index.dtype.is_floating_point or index.numel() == 0:
             raise InputError(f"selection: {module!r} {axis} needs a non-empty list of whole numbers")
         if int(index.min()) < 0 or int(index.max()) >= size:
-            raise InputError(f"selection: {module!r} {axis} has an index outside 0..{size - 1}")
+            raise InputError(f"selection: {module!r} {axis} has an index outside 0..{size - 1}: remove it")
         if index.numel() > 1 and not bool((index[1:] > index[:-1]).all()):
             raise InputError(f"selection: {module!r} {axis} indices must be sorted and unique")
 

@@ -62,7 +62,7 @@ class SelectionSettings:
         "group; coupled-global: all groups compete.",
     )
     axis: str = setting("row", "row, column, or auto: columns where a module has more inputs than outputs.")
-    pick: str = setting("top", "top: largest scores; sample: in proportion to them; diverse; random: a control.")
+    pick: str = setting("top", "top: largest scores; sample: in proportion; diverse: large and unalike; random.")
     layer_scores: str | None = setting(
         None, "Layer scores (.json), or scores to sum, by which the budget is divided between the layers."
     )

@@ -127,7 +127,11 @@ def scored_weights(model: nn.Module, target_modules: Sequence[str] = ()) -> dict
         matching = {target: {name for name in found if _matches(name, target)} for target in target_modules}
         for target, names in matching.items():
             if not names:
-                raise InputError(f"target module {target!r} matches no linear layer, convolution or embedding")
+                example = next(iter(found), "").rpartition(".")[2]
+                raise InputError(
+                    f"target module {target!r} matches no linear layer, convolution or embedding: use endings of "
+                    f"their names, e.g. {example}, or regular expressions for whole names"
+                )
         wanted = set().union(*matching.values())
     else:
         blocks = tuple(f"{name}." for name in models.layers(model))
