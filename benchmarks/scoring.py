@@ -1,6 +1,7 @@
 """What scoring costs: time in forward passes of the model, memory as a ratio to inference's peak.
 
-    python benchmarks/scoring.py [--layers 32] [--rounds 3] [--out benchmarks/results/scoring.json]
+    python benchmarks/scoring.py [--layers 32] [--rounds 3] [--only taylor zo-taylor]
+                                 [--out benchmarks/results/scoring.json]
 
 A random Llama; one thread; each round times one inference pass a batch and every criterion in turn, medians of the
 ratios within a round are printed. A criterion's passes are those that its record says, a backward pass being none:
@@ -84,12 +85,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--passes", type=int, default=64)
+    parser.add_argument("--only", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scoring.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, sample = toy(arguments.layers), batches(arguments.batches, arguments.examples, arguments.tokens)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    rules = {name: scoring.criterion(text.format(passes=arguments.passes)) for name, text in CRITERIA.items()}
+    rules = {name: scoring.criterion(CRITERIA[name].format(passes=arguments.passes)) for name in arguments.only}
     inference(model, sample)
     ratios: dict[str, list[float]] = {name: [] for name in rules}
     for _ in range(arguments.rounds):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from rowscope import InputError, load_model, models
 from rowscope.demo import MODEL_FOLDER
@@ -184,3 +184,12 @@ def test_a_configuration_is_a_model_without_weights(tmp_path):
             models.empty(str(missing))
     with pytest.raises(InputError, match="is empty"):
         models.empty("")
+
+
+def test_an_encoder_is_no_causal_model(tmp_path):
+    """Guards against scores of a loss that means nothing: transformers would load an encoder as a causal model."""
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a BertForMaskedLM, no causal language model"):
+        load_model(str(tmp_path))
