@@ -181,7 +181,14 @@ def summary(found: dict[tuple[str, int], dict[str, list[float]]]) -> list[dict]:
 def draw(name: str, results: list[dict], path: Path) -> None:
     """The figure of the rows' fidelity."""
     points = [
-        {"criterion": row["criterion"], "passes": row["passes"], **row["row"]} for row in results if row["passes"] > 0
+        {
+            "criterion": row["criterion"],
+            "passes": row["passes"],
+            "mean": row["row"]["mean"],
+            "standard_error": row["row"]["standard_error"] or 0.0,
+        }
+        for row in results
+        if row["passes"] > 0
     ]
     lines = {row["criterion"]: row["row"]["mean"] for row in results if row["passes"] == -1}
     figure = figures.fidelity_curves(points, lines)
