@@ -33,13 +33,16 @@ class RowsConfig(PeftConfig):
         axis: ``"row"`` trains output features, ``"column"`` input features of a weight `(out_features, in_features)`.
         rows_pattern: module name, suffix or regular expression -> `num_rows` of that module.
         axis_pattern: module name, suffix or regular expression -> `axis` of that module.
+        train_bias: also train the biases of the chosen rows, where there are any.
+        dropout: probability with which an input of the delta is dropped in training.
         layers_to_transform: indices of the layers to train; all if None.
         layers_pattern: name of the list of layers, if it cannot be found by itself.
         modules_to_save: modules trained and saved whole beside the adapter.
+        base_fingerprint: of the model that the indices were selected on; see ``rowscope.models.fingerprint``.
         init_weights: start from the base model exactly; False starts from small random numbers, for tests.
 
     Raises:
-        InputError: on an unknown axis or a number of rows below one.
+        InputError: on an unknown axis, a number of rows below one, or a dropout that is no probability.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
@@ -58,6 +61,8 @@ class RowsConfig(PeftConfig):
     axis_pattern: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Module name, suffix or regular expression -> its axis."}
     )
+    train_bias: bool = field(default=False, metadata={"help": "Also train the biases of the chosen rows."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of the delta's input, in training."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to train; all if not given."}
     )
@@ -66,6 +71,9 @@ class RowsConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the adapter."}
+    )
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Fingerprint of the model that the indices were selected on."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "Start from the base model exactly; False: small random numbers, for tests."}
@@ -84,6 +92,8 @@ class RowsConfig(PeftConfig):
         for number in (self.num_rows, *self.rows_pattern.values()):
             if number < 1:
                 raise InputError(f"RowsConfig: num_rows is {number}: train at least one row")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"RowsConfig: dropout is {self.dropout}: use a probability from 0 to below 1")
         # Not a field: tensors do not belong into adapter_config.json. PEFT writes them with the weights.
         self.indices: dict[str, Tensor] | None = None
 
@@ -104,7 +114,7 @@ class RowsConfig(PeftConfig):
             target_modules=list(chosen),
             rows_pattern={module: index.numel() for module, (_, index) in chosen.items()},
             axis_pattern={module: axis for module, (axis, _) in chosen.items()},
-            **kwargs,
+            **{"base_fingerprint": selection.model_fingerprint or None} | kwargs,
         )
         config.indices = {module: index for module, (_, index) in chosen.items()}
         return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, TypeVar
 
 from peft import PeftConfig
@@ -9,13 +10,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError
 from ..records import AXES
 from .config import RowsConfig
 from .layer import Linear, RowsLayer, check_index
 
-SUPPORTED_LAYERS = (nn.Linear,)
+LAYERS: dict[type[nn.Module], type[RowsLayer]] = {nn.Linear: Linear, Conv1D: Linear}
 
 Value = TypeVar("Value")
 
@@ -31,6 +33,9 @@ def _check_checkpoint(name: str, layer: RowsLayer, adapter_name: str, state_dict
     for part in ("rows_index", "rows_delta"):
         if f"{name}.{part}.{adapter_name}" not in state_dict:
             raise InputError(f"adapter checkpoint: {part} of {name!r} is missing: save the adapter again")
+    saved = tuple(state_dict[f"{name}.rows_delta.{adapter_name}"].shape)
+    if saved != (wanted := tuple(layer.rows_delta[adapter_name].shape)):
+        raise InputError(f"adapter checkpoint: {name!r} has a delta of shape {saved}, not {wanted}: use its own model")
     size = (layer.out_features, layer.in_features)[AXES.index(layer.rows_axis[adapter_name])]
     check_index(state_dict[f"{name}.rows_index.{adapter_name}"], size, f"adapter checkpoint: {name!r}")
     if not bool(state_dict[f"{name}.rows_delta.{adapter_name}"].isfinite().all()):
@@ -49,6 +54,8 @@ class RowsModel(BaseTuner):
         missing = [module for module in peft_config.indices or {} if module not in names]
         if missing:
             raise InputError(f"the model has no module {missing[0]!r}: use the model the selection was made on")
+        uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+        self._tied_weights = {weight for weight, count in uses.items() if count > 1}
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -71,6 +78,8 @@ class RowsModel(BaseTuner):
             "axis": _from_pattern(peft_config.axis_pattern, current_key, peft_config.axis),
             "num_rows": _from_pattern(peft_config.rows_pattern, current_key, peft_config.num_rows),
             "index": (peft_config.indices or {}).get(current_key),
+            "train_bias": peft_config.train_bias,
+            "dropout": peft_config.dropout,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
@@ -79,13 +88,14 @@ class RowsModel(BaseTuner):
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         # Subclasses are refused too: quantised ones hold no plain weight, attention's never call forward.
-        if type(base_layer) not in SUPPORTED_LAYERS:
-            supported = ", ".join(f"torch.nn.{layer.__name__}" for layer in SUPPORTED_LAYERS)
+        if type(base_layer) not in LAYERS:
+            supported = ", ".join(layer.__name__ for layer in LAYERS)
             raise InputError(
                 f"{current_key!r} is a {type(base_layer).__name__}, rows are trained only in {supported}: "
                 "leave it out of target_modules"
             )
-        layer = Linear(target, adapter_name, **arguments)
+        is_tied = id(base_layer.weight) in self._tied_weights
+        layer = LAYERS[type(base_layer)](target, adapter_name, is_tied=is_tied, **arguments)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
