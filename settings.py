@@ -106,6 +106,9 @@ class TrainingSettings:
     save_total_limit: int = setting(3, "Checkpoints to keep, beside the best one.", minimum=1)
     logging_steps: int = setting(1, "Steps between lines of the log.", minimum=1)
     activation_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    recompute: bool = setting(
+        True, "Make norms, activation functions and gated products again in the backward pass instead of keeping them."
+    )
     seed: int = setting(0, "Governs everything random.", minimum=0)
     device: str = setting("cpu", "As torch names it: cpu, cuda.")
 

@@ -17,6 +17,8 @@ from .model import RowsModel
 if TYPE_CHECKING:
     from .adapters import load_adapter as load_adapter
     from .checkpoints import newest_valid_checkpoint as newest_valid_checkpoint
+    from .recompute import keep_activations as keep_activations
+    from .recompute import recompute_activations as recompute_activations
     from .training import TrainingResult as TrainingResult
     from .training import TrainingSettings as TrainingSettings
     from .training import train as train
@@ -30,8 +32,10 @@ PEFT_TYPE_TO_PREFIX_MAPPING[RowsType.ROWS] = RowsModel.prefix  # type: ignore[in
 _HOMES = {
     "TrainingResult": "training",
     "TrainingSettings": "training",
+    "keep_activations": "recompute",
     "load_adapter": "adapters",
     "newest_valid_checkpoint": "checkpoints",
+    "recompute_activations": "recompute",
     "train": "training",
 }
 

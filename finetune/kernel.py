@@ -4,9 +4,9 @@ With ``W`` the effective weight, ``index`` its k trained rows (columns) and ``g`
 
     y = x Wᵀ + b;    dx = g W;    rows: d_delta = g[..., index]ᵀ x;    columns: d_delta = gᵀ x[..., index]
 
-The weight is frozen and shared by all passes, so it is no saved tensor: when the gradient comes it is put into the state
-that the pass saw, whichever adapter has been used in between. Autograd keeps `x` for rows, a copy of k of its columns
-for columns, and neither where `x` can be made again (:mod:`rowscope.finetune.recipes`).
+The weight is frozen and shared by all passes, so it is no saved tensor: when the gradient comes it is put into the
+state that the pass saw, whichever adapter has been used in between. Autograd keeps `x` for rows, a copy of k of its
+columns for columns, and neither where `x` can be made again (:mod:`rowscope.finetune.recipes`).
 """
 
 from __future__ import annotations

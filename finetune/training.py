@@ -24,6 +24,7 @@ from ..runs import RunFolder
 from ..settings import TrainingSettings
 from .checkpoints import checkpoint_step, checkpoints_by_step, newest_valid_checkpoint, publish_adapter
 from .quiet import quiet_libraries
+from .recompute import recompute_activations
 from .trainer import ProgressBar, QuietTrainer, RunLog
 
 
@@ -200,6 +201,8 @@ def train(
     set_seed(settings.seed)
     with quiet_libraries():
         adapted, base_model = _wrap(model, config)
+        if settings.recompute:
+            recompute_activations(adapted)
         arguments = _training_arguments(settings, run, validation_dataset is not None, resumed_from is not None)
         trainer = QuietTrainer(
             model=adapted,
