@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .records import atomic_folder
 from .watchdog import within
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 EDGE_BYTES = 4096
 BUILD_LIMIT = 120.0
 """Seconds for building a model without weights; a 405B needs a few."""
@@ -55,6 +56,17 @@ def resolve(source: str) -> Path:
     if folder.exists():
         return _checked_folder(folder)
     return _checked_folder(_from_hub(source))
+
+
+def local_fingerprint(source: str) -> str | None:
+    """The :func:`fingerprint` of a model that is on this machine, in a folder or in the hub's cache; else None."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = resolve(source) if source == "demo" or Path(source).expanduser().exists() else None
+        return fingerprint(folder or Path(snapshot_download(source, local_files_only=True)))
+    except Exception:  # no such name, nothing in the cache, no checkpoint: each by a type of the hub's own
+        return None
 
 
 def _from_hub(source: str, file: str | None = None) -> Path:
@@ -123,13 +135,12 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
 
     Args:
         source: hub id, local folder or ``demo``.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's own.
         device: as torch names it, e.g. ``cpu`` or ``cuda``.
 
     Raises:
         InputError: for anything wrong with the name, the folder, its files, or the device.
     """
-    import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -145,7 +156,7 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     try:
         pair: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -160,6 +171,13 @@ def load(source: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedM
     check_finite(model, source)
     check_tokenizer(model, tokenizer, source)
     return LoadedModel(model.eval().to(device), tokenizer, source, identity)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a checkpoint that plain transformers loads; the folder, new or empty, appears whole or not at all."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def _check_causal(source: str, folder: Path) -> None:
@@ -283,24 +301,38 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     from torch import nn
 
+    from .experts import SeparateExperts
+
     best: dict[str, nn.Module] = {}
     outer = None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or (outer is not None and name.startswith(f"{outer}.")):
+        is_inside = outer is not None and name.startswith(f"{outer}.")
+        if is_inside or not isinstance(module, nn.ModuleList | SeparateExperts):
             continue
-        outer = name  # a list inside a list (experts inside a block) is no list of blocks
-        if len({type(child) for child in module}) == 1 and len(module) > len(best):
+        outer = name  # a list inside a list, or among experts, is no list of blocks
+        if (
+            isinstance(module, nn.ModuleList)
+            and len({type(child) for child in module}) == 1
+            and len(module) > len(best)
+        ):
             best = {f"{name}.{index}": child for index, child in enumerate(module)}
     return best
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """All ``nn.Linear`` of the decoder/encoder blocks by name: what is scored and tuned unless told otherwise."""
+    """All ``nn.Linear`` of the decoder/encoder blocks by name: what is scored and tuned unless told otherwise.
+
+    Experts kept in one parameter are among them, as layers ``….gate_up_proj.<expert>`` that share its memory.
+    """
     from torch import nn
 
-    return {
-        f"{prefix}.{name}": module
-        for prefix, layer in layers(model).items()
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    from .experts import is_fused, linears
+
+    found: dict[str, nn.Linear] = {}
+    for prefix, layer in layers(model).items():
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                found[f"{prefix}.{name}"] = module
+            elif is_fused(module):
+                found |= {f"{prefix}.{name}.{key}": expert for key, expert in linears(module).items()}
+    return found

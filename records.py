@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it to `path` on success, delete it on any failure.
+
+    Raises:
+        InputError: if there is already something at `path`, other than an empty folder, that is not to be replaced.
+    """
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} already holds something: name a new folder")
+    checked_output(path / "file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        whole = Path(temporary) / path.name
+        whole.mkdir()
+        yield whole
+        if path.exists():
+            shutil.rmtree(path)
+        whole.rename(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import data, models, settings
 from ..errors import InputError
+from ..experts import separated
 from ..records import AXES, AxisTensors, Provenance, ScoreTable
 from .cost import measured
 from .losses import Batch, Loss, evaluate, model_loss, model_loss_parts
@@ -99,6 +100,8 @@ def score(
 ) -> ScoreTable:
     """Score rows and columns of a model's weights. The model is left as it was found.
 
+    Experts that are kept together in one parameter are scored one by one, see :mod:`rowscope.experts`.
+
     Where ``torch.distributed`` is initialised, the ranks share the work, and each returns the whole table: give every
     rank the same model and all the batches.
 
@@ -119,13 +122,14 @@ def score(
         InputError: if there is nothing to score, data is missing, the model rejects a batch, or a loss is NaN or
             infinite; on every rank, if one has met it.
     """
-    weights = scored_weights(model, target_modules)
-    if rule.needs_data and not batches:
-        raise InputError(f"criterion {rule.name} needs data: name some with --data")
-    data_fingerprint = data.fingerprint(list(batches)) if rule.needs_data else ""
-    same_on_all_ranks(data_fingerprint)
-    with evaluating(model), measured(model) as cost, together():
-        found = rule.measure(Task(model, weights, batches, seed, loss))
+    with separated(model):
+        weights = scored_weights(model, target_modules)
+        if rule.needs_data and not batches:
+            raise InputError(f"criterion {rule.name} needs data: name some with --data")
+        data_fingerprint = data.fingerprint(list(batches)) if rule.needs_data else ""
+        same_on_all_ranks(data_fingerprint)
+        with evaluating(model), measured(model) as cost, together():
+            found = rule.measure(Task(model, weights, batches, seed, loss))
     provenance = Provenance(
         criterion=settings.spell(rule.name, rule),
         model_source=model_source,
@@ -144,17 +148,25 @@ def score(
         peak_memory=cost.peak_memory,
     )
     norms = {name: weight.reduce(weight.values().square(), torch.sqrt) for name, weight in weights.items()}
-    keep = _keep(list(weights), axes)
+    keep = _keep(weights, axes)
     halves = tuple(keep(half) for half in found.halves)
-    return ScoreTable(keep(found.scores), keep(norms), provenance, halves, keep(found.noise))  # type: ignore[arg-type]
+    noise = keep(found.noise) if found.noise else {}
+    return ScoreTable(keep(found.scores), keep(norms), provenance, halves, noise)  # type: ignore[arg-type]
 
 
-def _keep(names: Sequence[str], axes: Sequence[str]) -> Callable[[AxisTensors], AxisTensors]:
-    """What of a table goes into the record: the axes asked for, modules in the model's order."""
+def _keep(weights: Mapping[str, Weight], axes: Sequence[str]) -> Callable[[AxisTensors], AxisTensors]:
+    """What of a table goes into the record: the axes asked for, modules in the model's order.
+
+    A module without an entry, an expert that no token came to, say, has zeros.
+    """
+
+    def entry(table: AxisTensors, weight: Weight, axis: str) -> Tensor:
+        if weight.name in table:
+            return table[weight.name][axis].float().cpu()
+        return torch.zeros(weight.out_features if axis == "row" else weight.in_features)
+
     return lambda table: {
-        name: {axis: table[name][axis].float().cpu() for axis in AXES if axis in axes}
-        for name in names
-        if name in table
+        name: {axis: entry(table, weight, axis) for axis in AXES if axis in axes} for name, weight in weights.items()
     }
 
 

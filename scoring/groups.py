@@ -60,7 +60,9 @@ def scored_members(group: CouplingGroup, table: ScoreTable) -> list[ScoredMember
     """The members of `group` that `table` has scores for, by channels; biases and norms are none."""
     found = []
     for member in group.members:
-        if member.shared or member.port.parameter != f"{member.module}.weight" or member.module not in table.scores:
+        # An expert in a 3-D parameter is a module with a weight; of its bias there are no scores.
+        is_weight = member.port.expert is not None or member.port.parameter == f"{member.module}.weight"
+        if member.shared or not is_weight or member.module not in table.scores:
             continue
         if member.axis not in table.scores[member.module]:
             raise InputError(f"no {member.axis} scores of {member.module}: score again with --axis both")

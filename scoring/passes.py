@@ -47,7 +47,7 @@ class Plan:
 class Costs:
     """Multiplications with weights in one forward pass: within the blocks, and outside of them.
 
-    Attention's own products, and weights that are no layer's (experts kept in one tensor), are not counted.
+    Attention's own products, and weights that are no layer's, are not counted.
     """
 
     within: int = 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..experts import submodule
 from .competition import Floats
 from .groups import ScoredMember
 from .weights import Weight, view
@@ -21,7 +22,7 @@ def weight_matrices(model: nn.Module) -> WeightMatrix:
     """The weights of a model, read when they are asked for."""
 
     def matrix(module: str, axis: str) -> Tensor:
-        weight = view(module, model.get_submodule(module))
+        weight = view(module, submodule(model, module))
         if weight is None:
             raise InputError(f"{module} has no weight with rows and columns: score this model again")
         return lines(weight, axis)

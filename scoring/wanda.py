@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..experts import tokens_of
 from ..records import AxisTensors
 from .averages import summed_tables
 from .criteria import Measurement, Task, register
@@ -111,6 +112,9 @@ def squared_norms(weight: Weight, inputs: Tensor, importance: Tensor | None = No
 
 def _counting(inputs: Tensor, importance: Tensor | None, *feature: int) -> tuple[Tensor, Tensor]:
     """The tokens that count in one row, ``(tokens, *feature)``, and how much each does, ``(tokens,)``."""
+    routed = tokens_of(inputs)
+    if importance is not None and routed is not None and routed[1] == importance.numel():
+        importance = importance.flatten()[routed[0].to(importance.device)].unsqueeze(0)
     tokens = inputs.reshape(-1, *feature)
     shape = inputs.shape[: inputs.ndim - len(feature)]
     if importance is None or importance.ndim != 2 or shape not in (importance.shape, (importance.numel(),)):

@@ -8,7 +8,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 import rowscope
 from rowscope import data
@@ -50,3 +57,24 @@ def tiny_llama() -> LlamaForCausalLM:
         eos_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def make_mixture():
+    """Builds a random mixture with experts in 3-D parameters, the same at every call."""
+
+    def make(kind="mixtral", experts=4, layers=2):
+        sizes = {
+            "vocab_size": 41, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "initializer_range": 0.3,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2,
+        }  # fmt: skip
+        config = {
+            "mixtral": lambda: MixtralConfig(**sizes, num_local_experts=experts),
+            "qwen3_moe": lambda: Qwen3MoeConfig(**sizes, moe_intermediate_size=16, num_experts=experts),
+            "gpt_oss": lambda: GptOssConfig(**sizes, num_local_experts=experts),  # transposed weights, biases
+        }[kind]()
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    return make
