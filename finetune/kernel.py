@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from .recipes import Recipe, recipe_of
 
@@ -46,13 +45,13 @@ class _HeldLinear(torch.autograd.Function):
         else:
             # A copy of k columns; a view would keep all of x alive.
             ctx.save_for_backward(x.index_select(-1, layer.rows_index[adapter_name]))
-        weight, bias = layer.hold(adapter_name)
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        layer.hold(adapter_name)
+        return layer.base_layer(x)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, _ = ctx.layer.hold(ctx.adapter_name)
+        weight = ctx.layer.held(ctx.adapter_name)
         needs_x, needs_delta, needs_bias, *rest = ctx.needs_input_grad
         x_gradient = gradient @ weight.to(gradient.dtype) if needs_x else None
         delta_gradient = bias_gradient = None
@@ -62,9 +61,9 @@ class _HeldLinear(torch.autograd.Function):
             if ctx.layer.trains_rows(ctx.adapter_name):
                 rows = rows.index_select(-1, index)
             if needs_delta:
-                delta_gradient = (rows.T @ _kept(ctx, index)).float()
+                delta_gradient = rows.T @ _kept(ctx, index)  # autograd casts it to the delta's dtype
             if needs_bias:
-                bias_gradient = rows.sum(dim=0, dtype=torch.float32)
+                bias_gradient = rows.sum(dim=0, dtype=ctx.layer.rows_bias[ctx.adapter_name].dtype)
         return x_gradient, delta_gradient, bias_gradient, *(None for _ in rest)
 
 

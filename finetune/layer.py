@@ -13,6 +13,7 @@ SPruFT (arXiv:2502.11439); here the delta is a PEFT adapter of its own.
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ from ..errors import InputError
 from ..records import AXES
 from .kernel import held_linear
 from .recipes import cast
+
+OWN_WEIGHT = "rowscope_own_weight"
+"""Attribute of a weight that its layer may write to; what stands there later, sharded or replaced, lacks it."""
 
 
 def check_index(index: Tensor, size: int, where: str) -> None:
@@ -54,11 +58,13 @@ class Replaced:
         adapter_name: whose slice it is.
         weight: the k original rows (columns), in the base's dtype.
         bias: the k original entries of the bias, if the adapter trains them.
+        owner: the parameter they were taken from.
     """
 
     adapter_name: str
     weight: Tensor
     bias: Tensor | None
+    owner: nn.Parameter
 
 
 class RowsLayer(BaseTunerLayer, nn.Module):
@@ -206,28 +212,45 @@ class RowsLayer(BaseTunerLayer, nn.Module):
         bias = None
         if adapter_name in self.rows_bias and self._bias is not None:
             bias = self._bias.data.index_select(0, index)
-        self._replaced.append(Replaced(adapter_name, self.matrix().index_select(dim, index), bias))
+        self._replaced.append(Replaced(adapter_name, self.matrix().index_select(dim, index), bias, self._weight))
         self._write(self._replaced[-1])
 
     @torch.no_grad()
-    def hold(self, adapter_name: str | None) -> tuple[Tensor, Tensor | None]:
-        """Make the base weight hold this adapter as it is now, or nothing; gives the matrix and the bias."""
-        if not self.merged:
-            if self._replaced and self._replaced[-1].adapter_name != adapter_name:
-                self.restore()
-            if self._replaced:
-                self._write(self._replaced[-1])
-            elif adapter_name is not None:
+    def hold(self, adapter_name: str | None) -> None:
+        """Make the base weight hold this adapter as it is now, or nothing."""
+        if self.merged:
+            return
+        if self._held_adapter() != adapter_name:
+            self.restore()
+            if adapter_name is not None:
                 self._replace(adapter_name)
-        bias = self._bias
-        return self.matrix(), None if bias is None else bias.data
+        elif adapter_name is not None:
+            self._write(self._replaced[-1])
+
+    def held(self, adapter_name: str | None) -> Tensor:
+        """The matrix as :meth:`hold` left it for this adapter, whatever has been done with the layer since."""
+        if self._held_adapter() != adapter_name:
+            self.hold(adapter_name)
+        return self.matrix()
+
+    def _held_adapter(self) -> str | None:
+        return self._replaced[-1].adapter_name if self._replaced else None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what a held adapter has replaced, bit for bit; merged ones stay."""
+        """Put back what a held adapter has replaced, bit for bit; merged ones stay.
+
+        Raises:
+            InputError: if the weight has been sharded or replaced since.
+        """
         if self.merged:
             return
         while self._replaced:
+            if self._replaced[-1].owner is not self._weight:
+                raise InputError(
+                    "a weight was sharded or replaced while trained rows were written in it: do so before the first "
+                    "forward pass, or call restore() of every RowsLayer first"
+                )
             replaced = self._replaced.pop()
             dim, index = self._slice(replaced.adapter_name)
             matrix = self.matrix()
@@ -270,7 +293,7 @@ class RowsLayer(BaseTunerLayer, nn.Module):
             self.base_layer.weight = self._tied_weight.pop()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to :meth:`matrix`, dense, fp32."""
+        """What the adapter adds to the base weight, in the weight's shape, dense, fp32."""
         dim, index = self._slice(adapter_name)
         delta = self.rows_delta[adapter_name].detach()
         return delta.new_zeros(self.matrix().shape).index_copy_(dim, index, delta)
@@ -295,9 +318,9 @@ class RowsLayer(BaseTunerLayer, nn.Module):
             result = self.with_delta(result, self.dropped(x, adapter_name), adapter_name)
         return result
 
+    @abstractmethod
     def with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """The base layer's `result` for `x`, plus what the adapter adds to it."""
-        raise NotImplementedError
 
     def _apply(self, fn: Any, recurse: bool = True) -> RowsLayer:
         self.restore()  # what is kept of the weight would not move with it
@@ -316,13 +339,21 @@ class Linear(RowsLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, is_tied: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, is_tied, **kwargs)
-        # A weight that is another object later has been sharded, offloaded, quantised or replaced.
-        self._own_weight = id(self._weight)
+        setattr(self._weight, OWN_WEIGHT, True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        setattr(self._weight, OWN_WEIGHT, True)  # a deep copy has a weight of its own
 
     def matrix(self) -> Tensor:
         """The base weight as `(out_features, in_features)`; shares memory."""
         weight = self._weight.data
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight, in the weight's shape, dense, fp32."""
+        delta = super().get_delta_weight(adapter_name)
+        return delta.T if isinstance(self.base_layer, Conv1D) else delta
 
     def can_hold(self, adapter_names: list[str]) -> bool:
         """Whether the adapters may act by being written into the weight."""
@@ -330,11 +361,13 @@ class Linear(RowsLayer):
         return not (
             len(adapter_names) > 1
             or self.is_tied
-            or id(self._weight) != self._own_weight
-            or self._weight.requires_grad
+            or not hasattr(self._weight, OWN_WEIGHT)
+            or any(parameter.requires_grad for parameter in base.parameters())
             or (self.training and any(self.rows_dropout[name] for name in adapter_names))
             or base._forward_hooks
             or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
             or "forward" in vars(base)
             or torch.compiler.is_compiling()
         )

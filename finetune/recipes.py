@@ -63,8 +63,9 @@ class _Elementwise(torch.autograd.Function):
         output, leaves = ctx.recipe.replay(ctx.saved_tensors)
         ctx.recipe.forget()
         wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad[1:], strict=True) if needed]
-        gradients = iter(torch.autograd.grad(output, wanted, gradient))
-        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+        # Not torch.autograd.grad: torch's module tracker, which FLOP counters use, raises an error inside of it.
+        torch.autograd.backward(output, gradient, inputs=wanted)
+        return None, *(leaf.grad for leaf in leaves)
 
 
 def elementwise(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import recipes
+from .layer import RowsLayer
 from .recipes import elementwise
 
 
@@ -231,6 +232,8 @@ def _in_both_modes(module: nn.Module, forward: Callable[..., Any], x: Tensor) ->
     finally:
         for child, training in modes.items():
             child.training = training
+            if isinstance(child, RowsLayer):
+                child.restore()  # the model may be sharded next
     return None if any(result is None for result in results) else results  # type: ignore[return-value]
 
 

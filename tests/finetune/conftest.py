@@ -1,6 +1,8 @@
 """A tiny language model of random weights and its tokenizer, shared by the tests of training."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+sys.path.append(str(Path(__file__).parent))  # helpers stand beside the tests, in a folder that is no package
 torch.set_num_threads(1)
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
