@@ -16,7 +16,10 @@ from .model import RowsModel
 
 if TYPE_CHECKING:
     from .adapters import load_adapter as load_adapter
+    from .adapters import merge_adapters as merge_adapters
+    from .base import OtherBaseWarning as OtherBaseWarning
     from .checkpoints import newest_valid_checkpoint as newest_valid_checkpoint
+    from .export import save_as_lora as save_as_lora
     from .recompute import keep_activations as keep_activations
     from .recompute import recompute_activations as recompute_activations
     from .training import TrainingResult as TrainingResult
@@ -30,12 +33,15 @@ PEFT_TYPE_TO_PREFIX_MAPPING[RowsType.ROWS] = RowsModel.prefix  # type: ignore[in
 
 # Imported on first use: loading an adapter does not need the training libraries, which take seconds to import.
 _HOMES = {
+    "OtherBaseWarning": "base",
     "TrainingResult": "training",
     "TrainingSettings": "training",
     "keep_activations": "recompute",
     "load_adapter": "adapters",
+    "merge_adapters": "adapters",
     "newest_valid_checkpoint": "checkpoints",
     "recompute_activations": "recompute",
+    "save_as_lora": "export",
     "train": "training",
 }
 
