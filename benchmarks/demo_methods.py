@@ -1,12 +1,12 @@
 """What the choice of what to train gains on the demo task: axes, criteria, ways to pick, LoRA; at equal parameters.
 
-    python benchmarks/demo_methods.py [--methods NAME…] [--steps 100] [--seeds 3] [--out FILE]
+    python benchmarks/demo_methods.py [--methods NAME…] [--steps 100] [--seeds 3] [--fresh-seeds 5] [--out FILE]
 
 Every method gets the budget of a LoRA of rank 16 on all linear layers, the same data, steps and batch, no dropout, and
 the best learning rate by held-out loss over the seeds: from 2e-3, 4e-3 and 8e-3, and on by factors of two while the
-best is at the edge. Printed are means and standard errors over the seeds (which order the data, draw LoRA's start, samples
-and random controls) of the held-out loss, and of the difference to LoRA's at the same seed. The file is updated after
-every learning rate; what it already has is not run again.
+best is at the edge. At that rate it is run again with seeds that decided nothing. A seed orders the data and draws
+LoRA's start, samples and random controls. Printed are means and standard errors of the held-out loss, and of the
+difference to LoRA's at the same fresh seeds. The file is updated on the way; what it already has is not run again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from rowscope.settings import TrainingSettings
 
 RANK = 16
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+FIRST_FRESH_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,15 @@ def next_rate(cells: list[dict]) -> float | None:
 
 
 def row(method: str, best: dict, lora: dict | None) -> str:
-    """A line of the table; `lora` is the best cell of LoRA."""
-    losses = [seed["loss"] for seed in best["seeds"]]
-    mean, error = mean_and_error(losses)
+    """A line of the table, of the best cells of the method and of LoRA."""
+    tuned, fresh = (mean_and_error([seed["loss"] for seed in best[part]]) for part in ("seeds", "fresh"))
     trained = best["seeds"][0]["trainable_parameters"]
-    line = f"| {method} | {trained:,} | {best['learning_rate']:g} | {mean:.4f} ± {error:.4f} |"
+    line = f"| {method} | {trained:,} | {best['learning_rate']:g} | {tuned[0]:.4f} ± {tuned[1]:.4f} "
+    line += f"| {fresh[0]:.4f} ± {fresh[1]:.4f} |"
     if lora is None or method == "LoRA":
         return f"{line} |"
-    mean, error = mean_and_error([a - b["loss"] for a, b in zip(losses, lora["seeds"], strict=False)])
+    pairs = zip(best["fresh"], lora["fresh"], strict=True)
+    mean, error = mean_and_error([own["loss"] - other["loss"] for own, other in pairs])
     return f"{line} {mean:+.4f} ± {error:.4f} |"
 
 
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fresh-seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_methods.json")
     options = parser.parse_args()
@@ -153,16 +156,26 @@ def main() -> None:
     def best(method: str) -> dict | None:
         return min(own(method), key=lambda cell: statistics.mean(seed["loss"] for seed in cell["seeds"]), default=None)
 
-    print(f"{options.steps} steps, {options.seeds} seeds")
-    print("| method | trainable | learning rate | held-out loss | minus LoRA |\n|---|---|---|---|---|")
+    def save() -> None:
+        write_json(options.out, {"steps": options.steps, "versions": versions(), "cells": cells})
+
+    def trained(method: str, rate: float, seed: int) -> dict:
+        return run(configuration(method, seed), replace(base, learning_rate=rate, seed=seed))
+
+    print(f"{options.steps} steps, {options.seeds} seeds to tune, {options.fresh_seeds} fresh ones")
+    print("| method | trainable | learning rate | loss, tuning seeds | loss, fresh seeds | minus LoRA |")
+    print("|---|---|---|---|---|---|")
     for method in options.methods:
-        configs = None
         while (rate := next_rate(own(method))) is not None:
-            configs = configs or [configuration(method, seed) for seed in range(options.seeds)]
-            found = [run(config, replace(base, learning_rate=rate, seed=seed)) for seed, config in enumerate(configs)]
+            found = [trained(method, rate, seed) for seed in range(options.seeds)]
             cells.append({"method": method, "learning_rate": rate, "seeds": found})
-            write_json(options.out, {"steps": options.steps, "versions": versions(), "cells": cells})
-        print(row(method, best(method), best("LoRA")), flush=True)
+            save()
+        chosen = best(method)
+        fresh = chosen.setdefault("fresh", [])
+        while len(fresh) < options.fresh_seeds:
+            fresh.append(trained(method, chosen["learning_rate"], FIRST_FRESH_SEED + len(fresh)))
+            save()
+        print(row(method, chosen, best("LoRA")), flush=True)
 
 
 if __name__ == "__main__":
