@@ -8,7 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from typer.exceptions import TyperException
 
 from . import console
 from ._version import VERSION
-from .errors import InputError, unknown_name
+from .errors import TOLD, ElsewhereError, InputError, unknown_name
 from .options import command
 from .records import (
     AXES,
@@ -76,7 +77,10 @@ Data = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=SEEDS - 1, help="Governs everything random.")]
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the model computes in.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own): what the model computes in.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse an adapter that was trained on other weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Config = Annotated[
     Path | None,
@@ -231,7 +235,7 @@ def score(
     rule = scoring.criterion(criterion)
     source = _data_source(data, model) if rule.needs_data else ""
     axes = AXES if axis == "both" else (axis,)
-    with ranks.launched(device) as own_device:
+    with ranks.launched(device) as own_device, ranks.together():
         loaded = models.load(model, dtype=dtype, device=own_device)
         found: ScoreTable | LayerScores
         if granularity == "layer":
@@ -486,54 +490,87 @@ def finetune_rows(
     as_json: AsJson = False,
     config: Config = None,
 ) -> None:
-    """Train selected rows and columns, everything else frozen; the result is a PEFT adapter in a run folder."""
-    from . import scoring
+    """Train selected rows and columns, everything else frozen; the result is a PEFT adapter in a run folder.
 
-    if resume and output_dir is None:
-        raise InputError("--resume needs --output-dir: name the run folder to continue")
-    rule = scoring.criterion(criterion)
-    scoring.Budget.parse(choice.budget)
-    source = _data_source(data, model)
-    layer_scores = _layer_scores(choice)
-    given = Selection.load(selection) if selection is not None else None
-    what = {"model": model, "data": source, "selection": str(selection) if selection else None}
-    how = {"criterion": criterion, "dtype": dtype} | asdict(choice) | asdict(calibration) | asdict(training)
+    Processes that torchrun or accelerate launch has started train together.
+    """
+    from . import scoring
+    from .scoring import ranks
+
+    with ranks.launched(training.device) as own_device, ExitStack() as run_lock:
+        with ranks.together():
+            if resume and output_dir is None:
+                raise InputError("--resume needs --output-dir: name the run folder to continue")
+            rule = scoring.criterion(criterion)
+            scoring.Budget.parse(choice.budget)
+            source = _data_source(data, model)
+            layer_scores = _layer_scores(choice)
+            given = Selection.load(selection) if selection is not None else None
+        what = {"model": model, "data": source, "selection": str(selection) if selection else None}
+        how = {"criterion": criterion, "dtype": dtype} | asdict(choice) | asdict(calibration) | asdict(training)
+        run, is_new = ranks.from_first(lambda: _opened(output_dir, model, what | how, resume))
+        run = replace(run, writes=ranks.world()[0] == 0)
+        run_lock.enter_context(run.removed_if_refused(is_new))
+        if not ranks.from_first(run.is_finished):
+            with ranks.together():
+                recorded = run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device)
+                record = run_lock.enter_context(recorded)
+                loaded = _load_recorded(record, model, dtype, own_device)
+            if given is None:  # an interrupted run has already selected
+                given = ranks.from_first(lambda: Selection.load(run.selection) if run.selection.is_file() else None)
+            if given is None:
+                started = time.perf_counter()
+                with ranks.together():
+                    table = _score(loaded, rule, source, calibration, training.seed)
+                given = ranks.from_first(lambda: _selected(run, table, choice, training.seed, layer_scores, loaded))
+                record["timings"]["score"] = time.perf_counter() - started
+            with ranks.together():
+                _check_selection(given, loaded)
+                if run.writes:
+                    given.save(run.selection)
+            record["selection"] = given.origin
+            _train_rows(run, record, loaded, source, given, training)
+    if run.writes:
+        console.print_run(run, as_json)
+
+
+def _opened(output_dir: Path | None, model: str, settings: dict[str, Any], resume: bool) -> tuple[RunFolder, bool]:
+    """The run folder with its configuration, and whether it is new."""
     run = RunFolder.create(output_dir, resume=resume) if output_dir else RunFolder.next_free("rows", model)
     is_new = not any(run.root.iterdir())
     if resume and is_new:
         print(f"nothing to resume in {run.root}: starting afresh", file=sys.stderr)
-    with run.removed_if_refused(is_new):
-        run.keep_config(what | how)
-        if run.is_finished():
-            return console.print_run(run, as_json)
-        with run.recorded([PROGRAM, *sys.argv[1:]], "rows", training.seed, training.device) as record:
-            loaded = _load_recorded(record, model, dtype, training.device)
-            if given is None and run.selection.is_file():  # an interrupted run has already selected
-                given = Selection.load(run.selection)
-            elif given is None:
-                started = time.perf_counter()
-                table = _score(loaded, rule, source, calibration, training.seed)
-                table.save(run.scores)
-                given = _select(table, choice, training.seed, layer_scores, loaded)
-                record["timings"]["score"] = time.perf_counter() - started
-            _check_selection(given, loaded)
-            given.save(run.selection)
-            record["selection"] = given.origin
-            _train_rows(run, record, loaded, source, given, training)
-    console.print_run(run, as_json)
+    run.keep_config(settings)
+    return run, is_new
+
+
+def _selected(
+    run: RunFolder,
+    table: ScoreTable,
+    choice: SelectionSettings,
+    seed: int,
+    layer_scores: LayerScores | None,
+    loaded: LoadedModel,
+) -> Selection:
+    table.save(run.scores)
+    return _select(table, choice, seed, layer_scores, loaded)
 
 
 def _check_selection(selection: Selection, loaded: LoadedModel) -> None:
     """Refuse a selection made on other weights, or edited until it fits no module."""
-    from . import models
+    from . import experts
+    from .scoring.weights import view
 
     if selection.model_fingerprint and selection.model_fingerprint != loaded.fingerprint:
         raise InputError(f"the selection is of another model than {loaded.source}: score and select again")
-    modules = models.linear_modules(loaded.model)
     for name in selection.indices:
-        if name not in modules:
-            raise InputError(f"selection: {loaded.source} has no linear module {name!r}: leave it out")
-        shape = (modules[name].out_features, modules[name].in_features)
+        try:
+            weight = view(name, experts.submodule(loaded.model, name))
+        except AttributeError:
+            weight = None
+        if weight is None:
+            raise InputError(f"selection: {loaded.source} has no module {name!r} with rows and columns: leave it out")
+        shape = (weight.out_features, weight.in_features)
         if selection.shapes[name] != shape:
             raise InputError(f"selection: {name!r} has shape {shape}, not {selection.shapes[name]}: select again")
 
@@ -557,15 +594,19 @@ def _train_rows(
     from . import data
     from .analysis.memory import MemoryCallback
     from .finetune import RowsConfig, train
+    from .scoring import ranks
 
-    splits = data.load(source)
+    with ranks.together():
+        splits = data.load(source)
+        held_out = splits.held_out()
+        rows = RowsConfig.from_selection(selection, base_model_name_or_path=loaded.source)
     record["data"] = {"source": source}
     result = train(
         loaded.model,
         loaded.tokenizer,
         splits["train"],
-        splits.held_out(),
-        RowsConfig.from_selection(selection, base_model_name_or_path=loaded.source),
+        held_out,
+        rows,
         training,
         run,
         resume=True,
@@ -589,6 +630,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="File to write; by default evaluation.json of the run folder.")
     ] = None,
+    strict: Strict = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     as_json: AsJson = False,
@@ -617,8 +659,8 @@ def evaluate(
     if folder is not None:
         from .finetune import load_adapter
 
+        _check_base(adapter or folder, loaded, strict)
         adapted = load_adapter(loaded.model, folder)
-        _warn_of_another_base(adapter or folder, loaded)
         after = {name: run_task(name, adapted, loaded.tokenizer, rows, max_length=max_length) for name in names}
     results = [
         {
@@ -641,11 +683,21 @@ def evaluate(
     console.print_evaluation(value, out, as_json)
 
 
-def _warn_of_another_base(adapter: Path, loaded: LoadedModel) -> None:
+def _check_base(adapter: Path, loaded: LoadedModel, strict: bool) -> None:
+    """Say, or with `strict` refuse, that an adapter was trained on other weights than those that are loaded."""
+    import warnings
+
+    from .finetune.base import OtherBaseWarning
+
     record = read_json(adapter / "run.json") if (adapter / "run.json").is_file() else {}
-    trained_on = (record.get("model") or {}).get("fingerprint", loaded.fingerprint)
-    if trained_on != loaded.fingerprint:
-        print(f"note: {adapter} was trained on other weights than those of {loaded.source}", file=sys.stderr)
+    trained_on = (record.get("model") or {}).get("fingerprint")
+    trained_on = trained_on or read_json(_adapter_folder(adapter) / "adapter_config.json").get("base_fingerprint")
+    if trained_on not in (None, loaded.fingerprint):
+        message = f"{adapter} was trained on other weights than those of {loaded.source}"
+        if strict:
+            raise InputError(f"{message}: name its own base model, or leave --strict away")
+        print(f"note: {message}", file=sys.stderr)
+    warnings.simplefilter("ignore", OtherBaseWarning)  # it has been said
 
 
 def _adapter_folder(path: Path) -> Path:
@@ -653,6 +705,42 @@ def _adapter_folder(path: Path) -> Path:
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"{path} holds no adapter: name a finished run folder or an adapter folder")
     return folder
+
+
+@command(app)
+def merge(
+    model: Model,
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER...", help="Run folders or adapter folders.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
+    as_lora: Annotated[
+        bool, typer.Option("--as-lora", help="Write a LoRA adapter, for engines that serve LoRA, not a whole model.")
+    ] = False,
+    strict: Strict = False,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Merge adapters into a plain checkpoint, or write one of rows and columns as a LoRA, exactly."""
+    from . import models
+    from .finetune import load_adapter, merge_adapters
+    from .finetune.export import save_as_lora
+
+    if as_lora and len(adapters) > 1:
+        raise InputError("--as-lora writes one adapter: name one, or merge them all into a checkpoint")
+    folders = [_adapter_folder(adapter) for adapter in adapters]
+    checked_output(out / "config.json")
+    loaded = models.load(model, dtype=dtype)
+    for adapter in adapters:
+        _check_base(adapter, loaded, strict)
+    if as_lora:
+        config = save_as_lora(load_adapter(loaded.model, folders[0]), out)
+        summary = {"lora": str(out), "modules": len(config.rank_pattern), "largest_rank": config.r}
+    else:
+        models.save(merge_adapters(loaded.model, folders), loaded.tokenizer, out)
+        summary = {"model": str(out), "adapters": len(folders)}
+    console.print_json(summary) if as_json else print(f"{'LoRA adapter' if as_lora else 'merged model'}: {out}")
 
 
 @command(app)
@@ -754,6 +842,8 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the input is wrong (one line), 1 a bug (traceback), 130 interrupted."""
+    # DDP says at every start that it has looked for unused parameters, and found none.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Where other programs compete for the cores, OpenMP's waiting threads spin most of the time away: let them yield.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # bitsandbytes, which PEFT imports, warns of a missing accelerator of its own at every start
@@ -765,7 +855,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except InputError as error:
-        _fail(str(error))
+        _fail(str(error), error)
     except TyperException as error:
         message = error.format_message()
         if message.startswith("Usage:"):  # a group of commands was named without a command: this is its help
@@ -780,7 +870,7 @@ def main(arguments: list[str] | None = None) -> None:
         if error.filename is None and error.errno not in NO_SPACE:
             raise
         mend = "free some space" if error.errno in NO_SPACE else "check that the path exists and may be written"
-        _fail(f"{error.strerror or error} ({error.filename or 'output'}): {mend}")
+        _fail(f"{error.strerror or error} ({error.filename or 'output'}): {mend}", error)
     except (KeyboardInterrupt, typer.Abort):
         named = (sys.argv[1:] if arguments is None else arguments)[:1]
         resumable = named in (["finetune"], ["demo"])
@@ -788,6 +878,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _fail(message: str) -> None:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, error: Exception | None = None) -> None:
+    # Of several processes one says it: who has failed where, or the first, if that was before they had met.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not isinstance(error, ElsewhereError) and (is_first or hasattr(error, TOLD)):
+        print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

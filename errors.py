@@ -3,9 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
+TOLD = "rowscope_told"
+"""Attribute of an error that every process of a group knows of."""
+
 
 class InputError(Exception):
     """The input is wrong. The message is one line that says what, where, and the mend."""
+
+
+class ElsewhereError(InputError):
+    """Another process has failed, which ends this one too; the message is the other's, which says it to the user."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,15 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of everything in a run folder (DESIGN: files); creating one refuses to touch an older run."""
+    """Names of everything in a run folder (DESIGN: files); creating one refuses to touch an older run.
+
+    Attributes:
+        root: the folder.
+        writes: whether this process writes. Of several that share a run, only the first does.
+    """
 
     root: Path
+    writes: bool = True
 
     @classmethod
     def create(cls, root: Path, *, resume: bool = False) -> RunFolder:
@@ -115,7 +121,7 @@ class RunFolder:
     def recorded(self, command: list[str], method: str, seed: int, device: str) -> Iterator[dict[str, Any]]:
         """Yield the content of run.json to be filled in; on disk its status is ``running`` until the end.
 
-        Then it is ``finished``, or ``interrupted`` if anything was raised.
+        Then it is ``finished``, or ``interrupted`` if anything was raised. Other processes are kept out.
         """
         record: dict[str, Any] = {
             "status": "running",
@@ -128,11 +134,11 @@ class RunFolder:
             "versions": versions(),
             "timings": {},
         }
-        with self._locked():
+        with self._locked() if self.writes else nullcontext():
             yield from self._record_status(record)
 
     def _record_status(self, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        write_json(self.run, record)
+        self._write_record(record)
         try:
             yield record
             record["status"] = "finished"
@@ -140,6 +146,10 @@ class RunFolder:
             record["status"] = "interrupted"
             raise
         finally:
+            self._write_record(record)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        if self.writes:
             write_json(self.run, record)
 
     def is_finished(self) -> bool:
@@ -154,7 +164,7 @@ class RunFolder:
         try:
             yield
         except InputError:
-            if is_new and not self.checkpoints.exists():
+            if self.writes and is_new and not self.checkpoints.exists():
                 shutil.rmtree(self.root)
             raise
 
@@ -179,6 +189,8 @@ class RunFolder:
 
     def append_log(self, line: dict[str, Any]) -> None:
         """Append one JSON line to ``log.jsonl``."""
+        if not self.writes:
+            return
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback
 
 from ..records import write_json
+from ..scoring.ranks import from_first
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,7 +50,8 @@ def components(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]  # of a sharded one
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:
@@ -111,8 +114,9 @@ class SavedForBackward:
 class MemoryCallback(TrainerCallback):
     """Measure a training's memory by component during its first optimizer step, and write ``memory.json``.
 
-    The training's numbers do not change by a bit. Activations are those of the first micro-batch. On the main process,
-    the file is written when training ends; without a step there is nothing to write.
+    The training's numbers do not change by a bit. Activations are those of the first micro-batch. The file is written
+    when training ends; without a step there is nothing to write. Of several processes the first measures itself: of a
+    sharded model its share, while what FSDP gathers for the forward pass may count as activations.
 
     Args:
         path: where ``memory.json`` goes.
@@ -146,7 +150,7 @@ class MemoryCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._saved is None or not self._components or not state.is_world_process_zero:
+        if self._saved is None or not self._components:
             return
         measured = {
             "unit": "bytes",
@@ -156,7 +160,7 @@ class MemoryCallback(TrainerCallback):
         }
         if args.device.type == "cuda":
             measured["peak_cuda"] = torch.cuda.max_memory_allocated(args.device)
-        write_json(self.path, measured)
+        from_first(lambda: write_json(self.path, measured))
 
 
 def peak_rss() -> int | None:

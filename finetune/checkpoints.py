@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from ..records import atomic_folder
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -27,7 +28,9 @@ def checkpoints_by_step(folder: Path) -> list[Path]:
 
 def is_valid(checkpoint: Path) -> bool:
     """Whether the checkpoint was written to the end: its files are there and open, and its state parses."""
-    saved_by_torch = [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]
+    # Of a sharded model the optimizer's state has another name.
+    optimizer = OPTIMIZER_NAME if (checkpoint / OPTIMIZER_NAME).exists() else OPTIMIZER_NAME_BIN
+    saved_by_torch = [checkpoint / optimizer, checkpoint / SCHEDULER_NAME, *checkpoint.glob("rng_state*.pth")]
     try:
         # The Trainer writes its state last.
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -60,12 +63,6 @@ def publish_adapter(checkpoint: Path, adapter: Path, base_model: str | None) -> 
     if isinstance(config.get("target_modules"), list):
         # PEFT writes a set, in another order each time.
         config["target_modules"].sort()
-    adapter.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{adapter.name}.", dir=adapter.parent) as temporary:
-        whole = Path(temporary) / adapter.name
-        whole.mkdir()
+    with atomic_folder(adapter, replace=True) as whole:
         shutil.copyfile(checkpoint / SAFETENSORS_WEIGHTS_NAME, whole / SAFETENSORS_WEIGHTS_NAME)
         (whole / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if adapter.exists():
-            shutil.rmtree(adapter)
-        whole.rename(adapter)

@@ -7,7 +7,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trl import SFTConfig
 
 from ..errors import InputError
 from ..runs import RunFolder
+from ..scoring import ranks
 from ..settings import TrainingSettings
 from .checkpoints import checkpoint_step, checkpoints_by_step, newest_valid_checkpoint, publish_adapter
 from .quiet import quiet_libraries
@@ -133,6 +135,28 @@ def _training_arguments(settings: TrainingSettings, run: RunFolder, evaluates: b
     )
 
 
+def _checkpoint_to_resume(run: RunFolder) -> Path | None:
+    """The newest whole checkpoint; what was written after it is removed.
+
+    Raises:
+        InputError: if it was written by another number of processes.
+    """
+    checkpoint = newest_valid_checkpoint(run.checkpoints)
+    step = checkpoint_step(checkpoint) if checkpoint else None
+    if checkpoint:
+        written, size = len(list(checkpoint.glob("rng_state*.pth"))), ranks.world()[1]
+        if written != size:
+            raise InputError(
+                f"{checkpoint} holds the random numbers of {written} processes, not of {size}: "
+                "resume with as many as the run began with"
+            )
+    run.rewind_log(-1 if step is None else step)
+    for torn in checkpoints_by_step(run.checkpoints):
+        if checkpoint_step(torn) > (step or 0):
+            shutil.rmtree(torn)
+    return checkpoint
+
+
 def _result(
     state: TrainerState, best_step: int, parameters: tuple[int, int], seconds: float, resumed_from: int | None
 ) -> TrainingResult:
@@ -173,6 +197,9 @@ def train(
     The loss is taken on completions only where the data has prompts and completions, never on padding. The held-out
     loss is measured before training, every ``eval_steps`` and at the end; the adapter where it was lowest is kept.
 
+    Processes that ``torchrun`` or ``accelerate launch`` has started train together, as DDP, or as FSDP2 where
+    accelerate is told so. Each gives the same arguments and gets the same result; the first one writes the run folder.
+
     Args:
         model: the plain base model. It is changed in place: the adapter's layers are put into it.
         tokenizer: the model's tokenizer, with an end-of-sequence token.
@@ -186,21 +213,37 @@ def train(
         callbacks: further callbacks of the Trainer.
 
     Raises:
-        InputError: if data, tokenizer, device or adapter cannot be trained, or the loss is no longer finite.
+        InputError: if data, tokenizer, device or adapter cannot be trained, the loss is no longer finite, or a
+            checkpoint was written by another number of processes.
     """
+    with ranks.launched(settings.device):
+        return _train(
+            model, tokenizer, train_dataset, validation_dataset, config, settings,
+            replace(run, writes=ranks.world()[0] == 0), resume, callbacks,
+        )  # fmt: skip
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    validation_dataset: Dataset | None,
+    config: PeftConfig,
+    settings: TrainingSettings,
+    run: RunFolder,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> TrainingResult:
     started = time.perf_counter()
-    _check_inputs(tokenizer, {"training": train_dataset, "held-out": validation_dataset}, settings)
-    checkpoint = newest_valid_checkpoint(run.checkpoints) if resume else None
+    with ranks.together():
+        _check_inputs(tokenizer, {"training": train_dataset, "held-out": validation_dataset}, settings)
+    checkpoint = ranks.from_first(lambda: _checkpoint_to_resume(run)) if resume else None
     resumed_from = checkpoint_step(checkpoint) if checkpoint else None
-    if resume:
-        run.rewind_log(-1 if resumed_from is None else resumed_from)
-        for torn in checkpoints_by_step(run.checkpoints):
-            if checkpoint_step(torn) > (resumed_from or 0):
-                shutil.rmtree(torn)
 
     set_seed(settings.seed)
     with quiet_libraries():
-        adapted, base_model = _wrap(model, config)
+        with ranks.together():
+            adapted, base_model = _wrap(model, config)
         if settings.recompute:
             recompute_activations(adapted)
         arguments = _training_arguments(settings, run, validation_dataset is not None, resumed_from is not None)
@@ -212,19 +255,21 @@ def train(
             processing_class=tokenizer,
             callbacks=[RunLog(run), *callbacks],
         )
-        if len(trainer.train_dataset) == 0:  # type: ignore[arg-type]
-            raise InputError(f"no completion begins within {settings.max_length} tokens: raise max_length")
+        with ranks.together():
+            if len(trainer.train_dataset) == 0:  # type: ignore[arg-type]
+                raise InputError(f"no completion begins within {settings.max_length} tokens: raise max_length")
         trainer.remove_callback(PrinterCallback)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and run.writes:
             trainer.add_callback(ProgressBar)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else None
         if state is None or state.global_step < max(settings.max_steps, state.max_steps):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise InputError(f"training diverged: {name} holds NaN or infinity: lower the learning rate")
     best_step = state.best_global_step or state.global_step
-    publish_adapter(run.checkpoints / f"checkpoint-{best_step}", run.adapter, base_model)
+    with ranks.together():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise InputError(f"training diverged: {name} holds NaN or infinity: lower the learning rate")
+    ranks.from_first(lambda: publish_adapter(run.checkpoints / f"checkpoint-{best_step}", run.adapter, base_model))
     parameters = adapted.get_nb_trainable_parameters()
     return _result(state, best_step, parameters, time.perf_counter() - started, resumed_from)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch.distributed as distributed
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import TOLD, ElsewhereError, InputError
 
 T = TypeVar("T")
 
@@ -48,32 +48,41 @@ def summed(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- failing together
 
 
-class ElsewhereError(InputError):
-    """Another rank has failed, which ends this one too; the message is the other's."""
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Within it a failure of one rank ends all: the others learn of it at their next sum, or at the end.
 
-    No rank waits for one that will not come: before every sum, and at the end, each says whether it has failed.
+    No rank waits for one that will not come: before every sum, and at the end, each says whether it has failed. Where
+    several meet the same wrong input, the first of them raises it, the others :class:`ElsewhereError`.
     """
     try:
         yield
     except ElsewhereError:
         raise
     except Exception as error:
-        _agree(error)
+        if not hasattr(error, TOLD):
+            _agree(error)
         raise
     _agree(None)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives on the first rank, which alone calls it, on every rank; its failure is everyone's."""
+    with together():
+        value = make() if world()[0] == 0 else None
+    return gathered(value)[0]  # type: ignore[return-value]
 
 
 def _agree(failure: Exception | None) -> None:
     """Tell the others of this rank's `failure`, or raise :class:`ElsewhereError` for one of theirs."""
     reports = gathered(None if failure is None else _told(failure))
-    other = next((report for report in reports if report is not None), None)
-    if failure is None and other is not None:
-        raise ElsewhereError(other)
+    first = next((rank for rank, report in enumerate(reports) if report is not None), None)
+    if failure is not None:
+        setattr(failure, TOLD, True)
+    if first is None or first == world()[0]:
+        return
+    if failure is None or (isinstance(failure, InputError) and reports[first] == str(failure)):
+        raise ElsewhereError(reports[first]) from failure
 
 
 def _told(failure: Exception) -> str:
@@ -94,6 +103,7 @@ def gathered(value: T) -> list[T]:
 
 def same_on_all_ranks(fingerprint: str) -> None:
     """Raise an InputError on every rank if their batches, told by their `fingerprint`, differ."""
+    _agree(None)
     if len(set(gathered(fingerprint))) > 1:
         raise InputError("the ranks have different batches: give all of them to every rank, the ranks divide them")
 
@@ -112,12 +122,16 @@ def launched(device: str) -> Iterator[str]:
         This process's device.
 
     Raises:
-        InputError: if there are more processes than GPUs, or they do not find each other.
+        InputError: if there are more processes than GPUs, they do not find each other, or not each loads the weights.
     """
     size = os.environ.get("WORLD_SIZE", "")
     if not size.isdigit() or int(size) < 2 or world()[1] > 1:
         yield device
         return
+    if os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "") == "true":
+        raise InputError(
+            "accelerate has the first process alone load the weights: add --fsdp_cpu_ram_efficient_loading false"
+        )
     backend = "gloo"
     if device.startswith("cuda"):
         device, backend = _own_gpu(device), "cpu:gloo,cuda:nccl"

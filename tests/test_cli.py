@@ -293,7 +293,7 @@ def test_scores_of_other_models_are_not_compared(capsys, tmp_path):
         ("finetune rows demo --scope coupld", "did you mean 'coupled'"),
         ("finetune rows demo --data nowhere.jsonl --output-dir a", "nowhere.jsonl does not exist"),
         ("finetune rows ./nowhere --data demo --output-dir a", "does not exist"),
-        ("finetune rows demo --selection bad.yaml --output-dir a", "has no linear module 'm'"),
+        ("finetune rows demo --selection bad.yaml --output-dir a", "has no module 'm'"),
         ("score demo --plot x.gif", "name a .png or .svg file"),
         ("score demo --granularity head", "unknown granularity 'head'"),
         ("score demo --granularity layer --out s.safetensors", "name a .json file for scores of layers"),
@@ -435,6 +435,37 @@ def test_a_selection_of_another_model_is_refused(capsys, tmp_path, demo):
     name = "model.layers.0.mlp.up_proj"
     Selection({name: {"row": torch.tensor([0])}}, {name: (512, 192)}, "0" * 64).save(tmp_path / "s.yaml")
     assert "of another model" in run_bad(capsys, "finetune", "rows", "demo", "--selection", "s.yaml", *TRAIN)
+
+
+def test_merge_gives_a_checkpoint_or_a_lora_of_the_same_model(capsys, tmp_path):
+    """Merged, or exported as LoRA, a trained run measures as it did; bad input is refused and nothing is written."""
+    small_data(tmp_path)
+    trained = run_ok(capsys, "finetune", "rows", "demo", "--data", "data", *TRAIN, "--output-dir", "run")
+    assert trained["status"] == "finished"
+    assert run_ok(capsys, "merge", "demo", "run", "--out", "merged", "--dtype", "float32")["model"] == "merged"
+    assert run_ok(capsys, "merge", "demo", "run/adapter", "--out", "lora", "--as-lora")["lora"] == "lora"
+    assert read_json(tmp_path / "lora" / "adapter_config.json")["peft_type"] == "LORA"
+
+    def perplexity(*arguments):
+        found = run_ok(capsys, "evaluate", *arguments, "--data", "data", "--tasks", "perplexity")["results"][0]
+        return (found["after"] or found["before"])["value"]
+
+    expected = perplexity("demo", "--adapter", "run")
+    assert perplexity("merged") == pytest.approx(expected, rel=1e-6)
+    assert perplexity("demo", "--adapter", "lora") == pytest.approx(expected, rel=1e-5)
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    refused = {
+        "name a new folder": ["merge", "demo", "run", "--out", "lora"],
+        "no adapter": ["merge", "demo", "data", "--out", "new"],
+        "is not one of rows": ["merge", "demo", "lora", "--out", "new", "--as-lora"],
+        "name one, or merge": ["merge", "demo", "run", "run", "--out", "new", "--as-lora"],
+        "trained on other weights": ["merge", "merged", "run", "--out", "new", "--strict"],
+        "leave --strict away": ["evaluate", "merged", "--adapter", "run", "--data", "data", "--strict"],
+    }
+    for message, arguments in refused.items():
+        assert message in run_bad(capsys, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs a folder that refuses writing")
