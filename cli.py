@@ -222,8 +222,7 @@ def score(
     config: Config = None,
 ) -> None:
     """Score every row and column of the linear weights, or every block; torchrun's processes share the work."""
-    from . import models, scoring
-    from .scoring import ranks
+    from . import models, ranks, scoring
 
     if axis not in (*AXES, "both"):
         raise unknown_name("axis", axis, (*AXES, "both"))
@@ -494,8 +493,7 @@ def finetune_rows(
 
     Processes that torchrun or accelerate launch has started train together.
     """
-    from . import scoring
-    from .scoring import ranks
+    from . import ranks, scoring
 
     with ranks.launched(training.device) as own_device, ExitStack() as run_lock:
         with ranks.together():
@@ -591,10 +589,9 @@ def _train_rows(
     selection: Selection,
     training: TrainingSettings,
 ) -> None:
-    from . import data
+    from . import data, ranks
     from .analysis.memory import MemoryCallback
     from .finetune import RowsConfig, train
-    from .scoring import ranks
 
     with ranks.together():
         splits = data.load(source)
@@ -736,7 +733,7 @@ def merge(
         _check_base(adapter, loaded, strict)
     if as_lora:
         config = save_as_lora(load_adapter(loaded.model, folders[0]), out)
-        summary = {"lora": str(out), "modules": len(config.rank_pattern), "largest_rank": config.r}
+        summary = {"lora": str(out), "largest_rank": config.r}
     else:
         models.save(merge_adapters(loaded.model, folders), loaded.tokenizer, out)
         summary = {"model": str(out), "adapters": len(folders)}

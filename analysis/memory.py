@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback
 
+from ..ranks import from_first
 from ..records import write_json
-from ..scoring.ranks import from_first
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -46,12 +46,12 @@ class Convolution(RowsLayer):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """`x` through a convolution with the base's stride, padding and dilation, but these weights and groups."""
         base = self._convolution
-        padding = base.padding
+        padding: Any = base.padding
         if base.padding_mode != "zeros":
             x = functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
         convolve: Any = functional.conv1d if isinstance(base, nn.Conv1d) else functional.conv2d
-        return convolve(x, weight, bias, base.stride, padding, base.dilation, groups)  # type: ignore[no-any-return]
+        return convolve(x, weight, bias, base.stride, padding, base.dilation, groups)
 
     def with_delta(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
         """The base layer's `result` for `x (…, in_channels, *size)`, plus what the adapter adds to it."""

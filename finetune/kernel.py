@@ -40,13 +40,13 @@ class _HeldLinear(torch.autograd.Function):
             ctx.save_for_backward()
         elif recipe is not None:
             ctx.save_for_backward(*inputs)
-        elif layer.trains_rows(adapter_name):
+        elif adapter_name is not None and layer.trains_rows(adapter_name):
             ctx.save_for_backward(x)
         else:
             # A copy of k columns; a view would keep all of x alive.
             ctx.save_for_backward(x.index_select(-1, layer.rows_index[adapter_name]))
         layer.hold(adapter_name)
-        return layer.base_layer(x)  # type: ignore[no-any-return]
+        return layer.base_layer(x)
 
     @staticmethod
     @once_differentiable
@@ -57,11 +57,14 @@ class _HeldLinear(torch.autograd.Function):
         delta_gradient = bias_gradient = None
         if needs_delta or needs_bias:
             index = ctx.layer.rows_index[ctx.adapter_name]
+            trains_rows = ctx.layer.trains_rows(ctx.adapter_name)
             rows = gradient.reshape(-1, weight.shape[0])
-            if ctx.layer.trains_rows(ctx.adapter_name):
+            if trains_rows:
                 rows = rows.index_select(-1, index)
-            if needs_delta:
-                delta_gradient = rows.T @ _kept(ctx, index)  # autograd casts it to the delta's dtype
+            if needs_delta:  # autograd casts it to the delta's dtype
+                x = _kept(ctx, index)
+                # With the k features first: thin products are half as fast the other way round.
+                delta_gradient = rows.T @ x if trains_rows else (x.T @ rows).T
             if needs_bias:
                 bias_gradient = rows.sum(dim=0, dtype=ctx.layer.rows_bias[ctx.adapter_name].dtype)
         return x_gradient, delta_gradient, bias_gradient, *(None for _ in rest)
@@ -85,6 +88,6 @@ def held_linear(x: Tensor, layer: Linear, adapter_name: str | None) -> Tensor:
         delta = layer.rows_delta[adapter_name]
         bias_delta = layer.rows_bias.get(adapter_name)
     recipe, inputs = recipe_of(x) or (None, ())
-    return _HeldLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _HeldLinear.apply(
         x, delta, bias_delta, layer, adapter_name, recipe, *(tensor.detach() for tensor in inputs)
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,11 +145,11 @@ class RowsLayer(BaseTunerLayer, nn.Module):
         shape = list(matrix.shape)
         shape[dim] = index.numel()
         # A start that is drawn is for tests of PEFT's, which want an adapter that does something.
-        start = torch.zeros if init_weights else lambda *size, **how: torch.randn(*size, **how) * 0.02
-        make = {"dtype": torch.float32, "device": matrix.device}
-        self.rows_delta[adapter_name] = nn.Parameter(start(*shape, **make))
+        scale = 0.0 if init_weights else 0.02
+        start = partial(torch.randn if scale else torch.zeros, dtype=torch.float32, device=matrix.device)
+        self.rows_delta[adapter_name] = nn.Parameter(start(shape).mul_(scale))
         if train_bias and axis == "row" and self._bias is not None:
-            self.rows_bias[adapter_name] = nn.Parameter(start(index.numel(), **make))
+            self.rows_bias[adapter_name] = nn.Parameter(start([index.numel()]).mul_(scale))
         self.rows_index[adapter_name] = index.to(matrix.device, torch.int32)
         self.rows_axis[adapter_name] = axis
         self.rows_dropout[adapter_name] = dropout

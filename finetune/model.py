@@ -42,7 +42,11 @@ def _from_pattern(pattern: dict[str, Value], module: str, default: Value) -> Val
 
 def _check_checkpoint(name: str, layer: RowsLayer, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Raise InputError unless the checkpoint holds a usable index and delta for this layer."""
-    parts = {"rows_index": layer.rows_index, "rows_delta": layer.rows_delta, "rows_bias": layer.rows_bias}
+    parts: dict[str, Any] = {
+        "rows_index": layer.rows_index,
+        "rows_delta": layer.rows_delta,
+        "rows_bias": layer.rows_bias,
+    }
     for part, tensors in parts.items():
         if adapter_name not in tensors:
             continue

@@ -73,7 +73,7 @@ def elementwise(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not any(x.requires_grad for x in inputs):
         return run(*inputs)
     recipe = Recipe(run, inputs[0].device.type)
-    output: Tensor = _Elementwise.apply(recipe, *inputs)  # type: ignore[no-untyped-call]
+    output: Tensor = _Elementwise.apply(recipe, *inputs)
     setattr(output, ATTRIBUTE, (recipe, inputs))
     return output
 
@@ -100,7 +100,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if found is None or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return torch.nn.functional.linear(x, weight)
     recipe, inputs = found
-    return _RecipeLinear.apply(x, weight, recipe, *(tensor.detach() for tensor in inputs))  # type: ignore[no-any-return, no-untyped-call]
+    return _RecipeLinear.apply(x, weight, recipe, *(tensor.detach() for tensor in inputs))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -74,7 +74,7 @@ def recompute_activations(model: nn.Module) -> list[str]:
             continue
         else:
             continue
-        module.forward = Recomputed(module, module.forward, run)  # type: ignore[method-assign]
+        module.forward = Recomputed(module, module.forward, run)
         changed.append(name)
     return changed
 
@@ -103,7 +103,7 @@ def _gated_forward(
     mlp: nn.Module = original.__self__  # type: ignore[attr-defined]
     function = getattr(mlp, activation)
     product = elementwise(lambda a, b: function(a) * b, getattr(mlp, gate)(x), getattr(mlp, up)(x))
-    return getattr(mlp, down)(product)  # type: ignore[no-any-return]
+    return getattr(mlp, down)(product)
 
 
 def _fused_forward(
@@ -114,9 +114,9 @@ def _fused_forward(
 
     def product(both: Tensor) -> Tensor:
         a, b = both.chunk(2, dim=-1)
-        return function(a) * b if first else function(b) * a  # type: ignore[no-any-return]
+        return function(a) * b if first else function(b) * a
 
-    return getattr(mlp, down)(elementwise(product, getattr(mlp, fused)(x)))  # type: ignore[no-any-return]
+    return getattr(mlp, down)(elementwise(product, getattr(mlp, fused)(x)))
 
 
 def _recompute_lora(layer: LoraLayer) -> None:
@@ -162,7 +162,7 @@ def _result(function: Callable[..., Any], *inputs: Tensor) -> Tensor | None:
 def _is_norm(module: nn.Module) -> bool:
     """Whether a layer normalises over the last dimension: scaling a token does not change its output."""
     weights = list(module.parameters(recurse=False))
-    if list(module.children()) or list(module.buffers()) or not weights:
+    if next(module.children(), None) is not None or next(module.buffers(), None) is not None or not weights:
         return False
     if any(weight.ndim != 1 or weight.is_meta or len(weight) != len(weights[0]) for weight in weights):
         return False
@@ -173,9 +173,14 @@ def _is_norm(module: nn.Module) -> bool:
     return torch.allclose(once, twice, rtol=1e-2, atol=1e-2) and torch.allclose(first, once[:1], rtol=1e-2, atol=1e-2)
 
 
+def _has_parts(module: nn.Module) -> bool:
+    parts = (module.children(), module.parameters(), module.buffers())
+    return any(next(iter(part), None) is not None for part in parts)
+
+
 def _is_activation(module: nn.Module) -> bool:
     """Whether a module without weights maps every number by itself, and does change them."""
-    if list(module.children()) or list(module.parameters()) or list(module.buffers()):
+    if _has_parts(module):
         return False
     x = _probe(8, torch.empty(0))
     # In several calls: dropout would differ between them.
@@ -221,7 +226,7 @@ def _forms(names: list[str], activation: str) -> Iterator[Callable[..., Tensor]]
 
 
 def _in_features(layer: Any) -> int:
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return int(base.nx if isinstance(base, Conv1D) else base.in_features)
 
 

@@ -14,8 +14,8 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTTrainer
 
 from ..errors import InputError
+from ..ranks import together
 from ..runs import RunFolder
-from ..scoring.ranks import together
 
 
 class QuietTrainer(SFTTrainer):

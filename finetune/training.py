@@ -20,9 +20,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
+from .. import ranks
 from ..errors import InputError
 from ..runs import RunFolder
-from ..scoring import ranks
 from ..settings import TrainingSettings
 from .checkpoints import checkpoint_step, checkpoints_by_step, newest_valid_checkpoint, publish_adapter
 from .quiet import quiet_libraries

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..ranks import summed, world
 from ..records import AXES, AxisTensors
-from .ranks import summed, world
 from .weights import Weight
 
 

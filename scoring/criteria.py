@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from .. import data, models, settings
 from ..errors import InputError
 from ..experts import separated
+from ..ranks import same_on_all_ranks, together
 from ..records import AXES, AxisTensors, Provenance, ScoreTable
 from .cost import measured
 from .losses import Batch, Loss, evaluate, model_loss, model_loss_parts
-from .ranks import same_on_all_ranks, together
 from .weights import Weight, scored_weights
 
 

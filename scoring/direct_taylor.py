@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_map
 
 from .. import models
 from ..errors import InputError
+from ..ranks import progress
 from .averages import HalfMeans
 from .blocks import Forward, blocks_of, hidden_states, outside, overridden, replaced
 from .criteria import Measurement, Task, register
 from .gradients import only_trainable, received, require_gradients
-from .ranks import progress
 from .weights import Weight
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import InputError, unknown_name
+from ..ranks import progress
 from .averages import HalfMeans
 from .criteria import Measurement, Task, register
 from .gradients import streamed
 from .losses import Batch, evaluate, model_loss
-from .ranks import progress
 from .weights import Weight
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, unknown_name
+from ..ranks import progress, summed
 from ..records import AXES, AxisTensors
 from .averages import summed_tables
 from .criteria import Measurement, Task, register
 from .gradients import streamed
 from .losses import Batch, evaluate, model_loss
-from .ranks import progress, summed
 from .weights import Weight
 
 AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {

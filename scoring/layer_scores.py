@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .. import data, models
 from ..errors import InputError
 from ..graph.naming import block_of
+from ..ranks import progress, same_on_all_ranks, summed, together
 from ..records import AXES, LayerScores, ScoreTable
 from .blocks import Forward, hidden_states, overridden, replaced
 from .criteria import Task, evaluating
 from .losses import Batch, Loss
-from .ranks import progress, same_on_all_ranks, summed, together
 
 
 def layer_of(module: str, layers: list[str]) -> str:

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..ranks import summed, world
 from ..records import AxisTensors
 from .blocks import Forward, blocks_of, hidden_states, inside, outside, overridden
 from .criteria import Measurement, Task
 from .head import Head, sensitivity
 from .passes import Plan, counted
-from .ranks import summed, world
 from .readout import Readout, Sensitivity, by_position, readout, visible
 from .sizes import Triple, shrunk_sizes
 from .variances import random_signs, row_variances, without_jumps

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranks import progress, summed
 from ..records import AxisTensors
 from .criteria import Measurement, Task
-from .ranks import progress, summed
 from .weights import Weight
 
 

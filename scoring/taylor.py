@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..ranks import progress
 from .averages import HalfMeans
 from .criteria import Measurement, Task, register
 from .gradients import streamed
-from .ranks import progress
 from .weights import Weight
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import tokens_of
+from ..ranks import progress
 from ..records import AxisTensors
 from .averages import summed_tables
 from .criteria import Measurement, Task, register
-from .ranks import progress
 from .weights import CONVOLUTIONS, Weight
 
 Squares = dict[str, Tensor]

@@ -18,7 +18,9 @@ def saved(make_model, tmp_path):
     for name, seed in (("own", 0), ("other", 1)):
         make_model(seed=seed).save_pretrained(tmp_path / name)
     selection = Selection(
-        {MODULE: {"row": torch.tensor([3])}}, {MODULE: (48, 32)}, model_fingerprint=models.fingerprint(tmp_path / "own")
+        {MODULE: {"row": torch.tensor([3])}},
+        {MODULE: (48, 32)},
+        model_fingerprint=models.fingerprint(tmp_path / "own"),
     )
     get_peft_model(make_model(), RowsConfig.from_selection(selection)).save_pretrained(tmp_path / "adapter")
     return tmp_path

@@ -27,12 +27,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from rowscope import InputError, RowsConfig
+from rowscope import InputError, RowsConfig, ranks
 from rowscope.analysis.memory import MemoryCallback
 from rowscope.finetune import TrainingSettings, load_adapter, recompute_activations, train
 from rowscope.finetune.layer import RowsLayer
 from rowscope.runs import RunFolder
-from rowscope.scoring import ranks
 
 TIMEOUT = 240  # seconds; a hang is a failure
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

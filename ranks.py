@@ -12,7 +12,7 @@ import torch.distributed as distributed
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import TOLD, ElsewhereError, InputError
+from .errors import TOLD, ElsewhereError, InputError
 
 T = TypeVar("T")
 

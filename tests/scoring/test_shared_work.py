@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from rowscope import InputError, ScoreTable, criterion, scoring
+from rowscope import InputError, ScoreTable, criterion, ranks, scoring
 from rowscope.records import LayerScores
-from rowscope.scoring import ranks
 from rowscope.scoring.layer_scores import zero_order
 
 TIMEOUT = 240  # seconds; a hang is a failure
