@@ -453,7 +453,7 @@ def _select(
         table,
         scoring.Budget.parse(choice.budget),
         scope=choice.scope,
-        axis=choice.axis,
+        axis=choice.axis or AXES[0],
         pick=choice.pick,
         groups=_traced(loaded.model).groups if loaded is not None and choice.scope.startswith("coupled") else (),
         heads=choice.heads,
@@ -790,7 +790,7 @@ def demo(
         (
             "select coupled channels",
             run.selection,
-            lambda: select(run.scores, SelectionSettings(scope="coupled"), out=run.selection),
+            lambda: select(run.scores, SelectionSettings(), out=run.selection),
         ),
         (
             "finetune the selection",

@@ -57,12 +57,16 @@ class SelectionSettings:
         "rank=K units each; ratio=R of them; params=80M weights; lora=R: what a LoRA of rank R costs; memory=24GiB.",
     )
     scope: str = setting(
-        "layer",
+        "coupled",
         "layer: within each module; global: all modules compete; coupled: channels of coupled groups, within each "
         "group; coupled-global: all groups compete.",
     )
-    axis: str = setting("row", "row, column, or auto: columns where a module has more inputs than outputs.")
-    pick: str = setting("top", "top: largest scores; sample: in proportion; diverse: large and unalike; random.")
+    axis: str | None = setting(
+        None,
+        "With --scope layer or global: row (default), column, or auto: columns where a module has more inputs than "
+        "outputs.",
+    )
+    pick: str = setting("sample", "top: largest scores; sample: in proportion; diverse: large and unalike; random.")
     layer_scores: str | None = setting(
         None, "Layer scores (.json), or scores to sum, by which the budget is divided between the layers."
     )
@@ -77,8 +81,10 @@ class SelectionSettings:
     def __post_init__(self) -> None:
         known = {"scope": SCOPES, "axis": AXIS_CHOICES, "pick": PICKS, "normalizer": NORMALIZERS}
         for name, choices in (known | {"group_reduction": REDUCTIONS}).items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) is not None and getattr(self, name) not in choices:
                 raise unknown_name(name.replace("_", " "), getattr(self, name), choices)
+        if self.axis is not None and self.scope.startswith("coupled"):
+            raise InputError(f"--axis {self.axis}: coupled channels have rows and columns: add --scope layer or global")
         if self.heads and not self.scope.startswith("coupled"):
             raise InputError(f"whole heads are coupled: --heads needs --scope coupled, not {self.scope}")
         if not (0 <= self.layer_floor <= 1 <= self.layer_cap < math.inf):

@@ -146,7 +146,7 @@ def kept(setup: Setup, batch: Tensor | None = None) -> tuple[int, int]:
     inside = False
 
     def pack(tensor: Tensor) -> _Kept:
-        result = _Kept(tensor, inside)
+        result = _Kept(tensor.detach(), inside)  # an output that its own graph keeps would never be freed
         found.add(result)
         return result
 

@@ -68,7 +68,7 @@ def select(
     """
     how = SelectionSettings(  # refuses unknown names
         scope=scope,
-        axis=axis if isinstance(axis, str) else "row",
+        axis=axis if isinstance(axis, str) and not scope.startswith("coupled") else None,
         pick=pick,
         layer_floor=layer_floor,
         layer_cap=layer_cap,

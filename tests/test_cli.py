@@ -108,18 +108,18 @@ def test_the_chain_by_commands(capsys, tmp_path):
 def test_finetune_scores_and_selects_by_itself(capsys, tmp_path):
     """Guards the one-command way; and --resume of a finished run prints its result again."""
     arguments = ["finetune", "rows", "demo", "--data", small_data(tmp_path), *TRAIN, "--output-dir", "a"]
-    first = run_ok(capsys, *arguments, "--budget", "rank=2", "--axis", "column")
+    first = run_ok(capsys, *arguments, "--budget", "rank=2", "--scope", "layer", "--axis", "column")
     folder = RunFolder(tmp_path / "a")
     chosen = Selection.load(folder.selection)
     assert {axis for axes in chosen.indices.values() for axis in axes} == {"column"}
     assert ScoreTable.load(folder.scores).provenance.criterion == "taylor"
-    again = run_ok(capsys, *arguments, "--budget", "rank=2", "--axis", "column", "--resume")
+    again = run_ok(capsys, *arguments, "--budget", "rank=2", "--scope", "layer", "--axis", "column", "--resume")
     assert again == first
     assert "add --resume" in run_bad(capsys, *arguments)
-    changed = [*arguments, "--budget", "rank=3", "--axis", "column", "--resume"]
+    changed = [*arguments, "--budget", "rank=3", "--scope", "layer", "--axis", "column", "--resume"]
     assert "budget was rank=2, is rank=3" in run_bad(capsys, *changed)
     shutil.rmtree(folder.adapter)
-    assert run(*arguments, "--budget", "rank=2", "--axis", "column", "--resume") == 0
+    assert run(*arguments, "--budget", "rank=2", "--scope", "layer", "--axis", "column", "--resume") == 0
     assert (folder.adapter / "adapter_model.safetensors").is_file(), "a lost adapter is made again"
 
 
@@ -334,7 +334,8 @@ def test_scores_of_other_models_are_not_compared(capsys, tmp_path):
         ("select x.safetensors --axis diagonal", "unknown axis"),
         ("select x.safetensors --normalizer standardization", "did you mean 'standarization'"),
         ("select x.safetensors --group-reduction prod", "unknown group reduction 'prod'"),
-        ("select x.safetensors --heads", "--heads needs --scope coupled"),
+        ("select x.safetensors --scope layer --heads", "--heads needs --scope coupled"),
+        ("select x.safetensors --axis column", "add --scope layer or global"),
         ("select x.safetensors --layer-cap 0.5", "layer_cap=0.5"),
         ("select x.safetensors --layer-scores nowhere.json", "nowhere.json does not exist"),
         ("select x.safetensors --layer-scores broken.jsonl", "broken.jsonl is not valid JSON"),
@@ -376,7 +377,17 @@ def test_select_under_every_rule(capsys, tmp_path):
     assert 199_000 < whole["trainable_parameters"] <= 200_000
     LayerScores({f"model.layers.{n}": 1.0 + n for n in range(8)}, "by hand").save(tmp_path / "l.json")
     for layer_scores in ("l.json", "s.safetensors"):
-        found = run_ok(capsys, "select", "s.safetensors", "--budget", "memory=2MiB", "--layer-scores", layer_scores)
+        found = run_ok(
+            capsys,
+            "select",
+            "s.safetensors",
+            "--scope",
+            "layer",
+            "--budget",
+            "memory=2MiB",
+            "--layer-scores",
+            layer_scores,
+        )
         assert 130_000 < found["trainable_parameters"] <= 2 * 2**20 // 16
     rules = ["--scope", "coupled-global", "--heads", "--budget", "ratio=0.1", "--group-reduction", "max"]
     heads = run_ok(capsys, "select", "s.safetensors", *rules, "--normalizer", "max", "--pick", "diverse")
@@ -419,7 +430,7 @@ def test_finetune_takes_and_records_the_rules(capsys, tmp_path):
     assert run(*arguments, *rules, "--layer-cap", "3", "--output-dir", "a") == 0
     kept = read_yaml(tmp_path / "a" / "config.yaml")
     expected = {
-        "budget": "ratio=0.02", "scope": "coupled", "axis": "row", "pick": "diverse", "layer_scores": "l.json",
+        "budget": "ratio=0.02", "scope": "coupled", "axis": None, "pick": "diverse", "layer_scores": "l.json",
         "layer_floor": 0.25, "layer_cap": 3.0, "group_reduction": "mean", "normalizer": "mean", "heads": True,
     }  # fmt: skip
     assert kept.items() >= expected.items()
