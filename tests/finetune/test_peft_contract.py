@@ -489,6 +489,15 @@ def test_dropout_is_off_in_evaluation():
     assert not torch.equal(logits(model), logits(model))
 
 
+def test_the_file_holds_nothing_else(make_model, selection, tmp_path):
+    """An adapter's file has 4 bytes a trained weight and 4 a row or column, and the header that names them."""
+    saved_adapter(make_model, selection, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    rows = sum(index.numel() for axes in selection.indices.values() for index in axes.values())
+    assert file.stat().st_size == header + 4 * selection.trainable_parameters() + 4 * rows
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_loading_a_second_adapter_on_other_modules(make_model, selection, tmp_path, low_cpu_mem_usage):
     """An adapter loads beside one that trains other modules, and acts as if it were alone."""
