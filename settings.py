@@ -84,7 +84,9 @@ class SelectionSettings:
             if getattr(self, name) is not None and getattr(self, name) not in choices:
                 raise unknown_name(name.replace("_", " "), getattr(self, name), choices)
         if self.axis is not None and self.scope.startswith("coupled"):
-            raise InputError(f"--axis {self.axis}: coupled channels have rows and columns: add --scope layer or global")
+            raise InputError(
+                f"--axis {self.axis}: coupled channels have rows and columns: add --scope layer or global"
+            )
         if self.heads and not self.scope.startswith("coupled"):
             raise InputError(f"whole heads are coupled: --heads needs --scope coupled, not {self.scope}")
         if not (0 <= self.layer_floor <= 1 <= self.layer_cap < math.inf):
