@@ -99,7 +99,7 @@ class SelectionSettings:
 class TrainingSettings:
     """How an adapter is trained; names and meanings are those of ``transformers.TrainingArguments`` and TRL's."""
 
-    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", minimum=1e-12)
+    learning_rate: float = setting(4e-3, "Peak learning rate of AdamW.", minimum=1e-12)
     max_steps: int = setting(-1, "Optimizer steps; -1: as many as num_train_epochs need.", minimum=-1)
     num_train_epochs: float = setting(1.0, "Passes over the training data, unless max_steps is given.", minimum=0)
     per_device_train_batch_size: int = setting(8, "Examples per forward pass and device, evaluation too.", minimum=1)
