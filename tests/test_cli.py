@@ -525,7 +525,10 @@ def test_a_full_disk_at_a_checkpoint(tmp_path):
 def test_a_signal_interrupts(tmp_path):
     """Guards Ctrl-C from outside: exit 130, one word, and a run folder that says interrupted."""
     command = [sys.executable, "-m", "rowscope", "finetune", "rows", "demo", "--output-dir", "a", *FAST]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the suite runs in background
+    )  # fmt: skip
     log = tmp_path / "a" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") >= 3):
