@@ -58,6 +58,7 @@ GOALS = (
     *(("kept", f"{name}+recompute", "lora", 0.55) for name in ("rows", "columns", "coupled")),
     *(("kept_in_blocks", f"{name}+recompute", "lora", 0.55) for name in ("rows", "columns", "coupled")),
     *(("extra", name, "shira", 0.05) for name in ("rows", "columns", "coupled")),
+    *(("state", name, "shira", 0.05) for name in ("rows", "columns", "coupled")),
     *(("flops_over_formula", name, None, 1.01) for name in ("rows", "columns", "coupled")),
 )
 
